@@ -1,0 +1,74 @@
+# Needs Python 3.11 or newer and make, no root: everything is installed into .venv.
+#
+#   PYTHON=python3.12     the interpreter that makes .venv
+#   PIP_ARGS="..."        more arguments for every pip install, such as a package index
+#   ARGS="..."            more arguments for `make smoke`, `make test` and `make soak`
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+PIP_INSTALL = -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_ARGS)
+
+SHELL := /bin/sh
+.SHELLFLAGS := -eu -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup smoke check test soak wheel wheel-test clean
+
+help:  ## print this list
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP)  ## create .venv with everything pinned in constraints.txt, and mempar itself, editable
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "setup: there is no '$(PYTHON)' here; mempar needs Python 3.11 or newer; use make PYTHON=/path/to/python3"; \
+	  exit 1; } >&2
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "setup: '$(PYTHON)' is $$($(PYTHON) -V); mempar needs Python 3.11 or newer; use make PYTHON=python3.11"; \
+	  exit 1; } >&2
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "setup: '$(PYTHON)' cannot make a virtual environment: its modules venv or ensurepip are missing;" \
+	    "Debian and Ubuntu ship them apart, in python3-venv: install that, or use make PYTHON=<another Python>"; \
+	  exit 1; } >&2
+	$(PYTHON) -m venv $(VENV)
+
+# The build backend is installed first, so that it is pinned too and the later builds need no network.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(PIP_INSTALL) hatchling editables
+	$(BIN)/python $(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+smoke: setup  ## train the smoke recipe on this machine
+	$(BIN)/mempar train smoke $(ARGS)
+
+check: setup  ## formatting, lint, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+test: setup check  ## check, then every test that needs no GPU and no patience
+	$(BIN)/python -m pytest $(ARGS)
+
+soak: setup  ## the long randomised runs
+	$(BIN)/python -m pytest -m soak $(ARGS)
+
+wheel: setup  ## build the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+wheel-test: wheel  ## install the wheel in a fresh environment outside the tree and train two steps
+	@root="$$PWD"; work="$$(mktemp -d)"; trap 'rm -rf "$$work"' EXIT; trap 'exit 130' INT TERM; \
+	$(BIN)/python -m venv "$$work/venv"; \
+	"$$work/venv/bin/python" $(PIP_INSTALL) "$$root"/dist/mempar-*.whl; \
+	cd "$$work"; \
+	venv/bin/mempar --help; \
+	venv/bin/mempar train smoke train.steps=2 --out "$$work/run"; \
+	echo "wheel-test: ok"
+
+clean:  ## remove build outputs and caches; .venv and runs/ stay
+	rm -rf dist build .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

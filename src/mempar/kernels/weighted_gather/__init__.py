@@ -1,0 +1,57 @@
+"""Weighted sums of table rows, bag by bag, and the gradient of the weights.
+
+A bag is the entries of one token: `out[b] = sum over e in bag b of weight[e] * values[row_index[e]]`.
+The same operation reads the value table forward, reduces deposited gradients by row, and turns
+sparse score gradients into query gradients.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def weighted_gather(values: Tensor, row_index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Sum the weighted rows of every bag, without ever holding the rows `[E, D]`.
+
+    Args:
+        values: `[S', D']` rows of one shard, contiguous.
+        row_index: `[E] int32 or int64`, rows of this shard, entries of a bag together.
+        weight: `[E]`, the dtype of `values`.
+        offsets: `[B + 1]`, the dtype of `row_index`; bag b is `[offsets[b], offsets[b + 1])`.
+
+    Returns:
+        `[B, D']`; the row of an empty bag is zero.
+    """
+    num_bags = offsets.numel() - 1
+    if num_bags == 0 or row_index.numel() == 0:
+        return values.new_zeros(num_bags, values.shape[1])
+    with torch.no_grad():
+        return F.embedding_bag(
+            row_index, values, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
+        )
+
+
+def gather_scores(values: Tensor, row_index: Tensor, offsets: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of the weights: `out[e] = values[row_index[e]] . grad[bag of e]`.
+
+    Args:
+        values: `[S', D']` rows of one shard.
+        row_index: `[E] int32 or int64`.
+        offsets: `[B + 1]`, the dtype of `row_index`.
+        grad: `[B, D']`, gradient of the bags' sums, the dtype of `values`.
+
+    Returns:
+        `[E]`, the dtype of `values`.
+    """
+    if row_index.numel() == 0:
+        return values.new_zeros(0)
+    # The operator reads only the starts of the bags; the bag of each entry comes separately.
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad, values, row_index, offsets[:-1], bag_of_entries(offsets), 0
+    )
+
+
+def bag_of_entries(offsets: Tensor) -> Tensor:
+    """Return `[E]`, the bag that each entry belongs to, from `offsets [B + 1]`."""
+    bags = torch.arange(offsets.numel() - 1, dtype=offsets.dtype, device=offsets.device)
+    return torch.repeat_interleave(bags, offsets[1:] - offsets[:-1])

@@ -1,0 +1,17 @@
+"""The definition of `weighted_gather`, one line an output, for tests."""
+
+import torch
+from torch import Tensor
+
+
+def weighted_gather(values: Tensor, row_index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """`[B, D']` weighted sums; materialises the rows `[E, D']`."""
+    rows = values[row_index.long()] * weight[:, None]
+    bounds = offsets.tolist()
+    return torch.stack([rows[start:end].sum(0) for start, end in zip(bounds, bounds[1:], strict=False)])
+
+
+def gather_scores(values: Tensor, row_index: Tensor, offsets: Tensor, grad: Tensor) -> Tensor:
+    """`[E]` products of each entry's row with the gradient of its bag."""
+    bags = torch.repeat_interleave(torch.arange(len(grad)), (offsets[1:] - offsets[:-1]).long())
+    return (values[row_index.long()] * grad[bags]).sum(-1)

@@ -1,0 +1,61 @@
+"""Initial values of a table, each number a function of (seed, slot, column) alone.
+
+A counter-based generator lets every rank make exactly its own slice: the same table comes out
+whatever the layout, and no rank makes or holds more than it owns.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mempar.dims import TableSlice
+
+# 64-bit finaliser of SplitMix64 (Steele, Lea, Flood 2014), as two's complement int64.
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+# Elements made at a time: bounds the temporaries (8 bytes each, a few of them) to some 100 MB.
+_CHUNK_ELEMENTS = 1 << 21
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    # torch shifts int64 arithmetically; the mask makes it a logical shift.
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)).mul_(_MULTIPLIER_1)
+    x = (x ^ _shift_right(x, 27)).mul_(_MULTIPLIER_2)
+    return x ^ _shift_right(x, 31)
+
+
+def hashed_normal(seed: int, slot: Tensor, column: Tensor) -> Tensor:
+    """Standard normal numbers, one for each pair of a slot and a column.
+
+    Args:
+        seed: any integer of 64 bits.
+        slot: `[rows] int64`.
+        column: `[columns] int64`.
+
+    Returns:
+        `[rows, columns] float64`, by Box and Muller from two 32-bit halves of one 64-bit hash.
+    """
+    key = _mix(torch.tensor(seed, dtype=torch.int64, device=slot.device))
+    row_key = _mix(slot * _GOLDEN_GAMMA + key)
+    bits = _mix(row_key[:, None] + (column * _GOLDEN_GAMMA)[None, :])
+    radius = _shift_right(bits, 32).double().add_(1.0).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    angle = bits.bitwise_and_(0xFFFFFFFF).double().mul_(2.0**-32 * 2.0 * math.pi).cos_()
+    return radius.mul_(angle)
+
+
+def table_values(part: TableSlice, *, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the slice `[S_i, D_j]` of a table drawn from normal(0, D^-1/2)."""
+    values = torch.empty(part.num_rows, part.num_columns, dtype=dtype, device=device)
+    column = torch.arange(part.column_start, part.column_end, device=device)
+    rows_at_once = max(1, _CHUNK_ELEMENTS // max(1, part.num_columns))
+    for start in range(0, part.num_rows, rows_at_once):
+        block = values[start : start + rows_at_once]
+        slot = torch.arange(part.row_start + start, part.row_start + start + len(block), device=device)
+        block.copy_(hashed_normal(seed, slot, column).mul_(part.value_dim**-0.5))
+    return values

@@ -1,0 +1,120 @@
+"""The memory layer itself: queries, product-key lookup, weighted rows, gate.
+
+It stands where a block's feed-forward network stood and sees the same RMS-normed input. It holds
+its own queries and keys; the values belong to a table that several layers share and that it reaches
+through a `RowReader`. Definition: "Memory Layers at Scale" (arXiv 2412.09764), section 3.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mempar.kernels.product_topk import product_topk
+from mempar.memory.config import MemoryConfig
+from mempar.memory.lookup import RowReader
+
+# Given the chosen slots [T, H, K], returns the slots to use: records or replays choices.
+SlotHook = Callable[[Tensor | None], Tensor | None]
+
+
+class MemoryLayer(nn.Module):
+    """Product-key memory in place of a feed-forward network."""
+
+    def __init__(self, config: MemoryConfig, model_dim: int, norm_epsilon: float) -> None:
+        """Allocate parameters; initial values are drawn by the runtime, by logical name.
+
+        Args:
+            config: shape and variant.
+            model_dim: C.
+            norm_epsilon: epsilon of the optional query and key norms.
+        """
+        super().__init__()
+        self.config = config
+        self.norm_epsilon = norm_epsilon
+        self.query = nn.Linear(model_dim, config.heads * config.key_dim)
+        self.keys = nn.Parameter(torch.empty(config.heads, 2, config.num_subkeys, config.half_key_dim))
+        if config.qk_norm:
+            # Not q_layernorm / k_layernorm: megatron gives these names a meaning of its own.
+            self.query_norm = nn.RMSNorm(config.half_key_dim, eps=norm_epsilon)
+            self.key_norm = nn.RMSNorm(config.half_key_dim, eps=norm_epsilon)
+        if config.variant == "memory_plus":
+            value_dim = config.value_dim or model_dim
+            self.gate_proj = nn.Linear(model_dim, value_dim)
+            self.output_proj = nn.Linear(value_dim, model_dim)
+        if config.scalar_gate:
+            self.scalar_gate = nn.Linear(model_dim, 1)
+
+    def choose(self, x: Tensor, slot_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Choose slots and weigh them.
+
+        Args:
+            x: `[T, C]`.
+            slot_index: `[T, H, K] int64`, to take recorded slots instead of choosing.
+
+        Returns:
+            `slot_index [T, H, K] int64` and the softmax weights `[T, H, K]`, in float32 at least.
+        """
+        query = self.query(x).view(len(x), self.config.heads, 2, self.config.half_key_dim)
+        keys = self.keys
+        if self.config.qk_norm:
+            query, keys = self.query_norm(query), self.key_norm(keys)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        slot_index, score = product_topk(query.to(wide), keys.to(wide), self.config.top_k, slot_index)
+        return slot_index, score.softmax(-1)
+
+    def forward(
+        self, x: Tensor, reader: RowReader, hook: SlotHook | None = None, token_counts: list[int] | None = None
+    ) -> Tensor:
+        """Read the memory.
+
+        Args:
+            x: `[T, C]`, RMS-normed.
+            reader: where the rows are.
+            hook: called with None before the choice (returning slots replays them) and with the
+                chosen slots after it.
+            token_counts: passed on to the reader.
+
+        Returns:
+            `[T, C]`.
+        """
+        replayed = hook(None) if hook is not None else None
+        slot_index, weight = self.choose(x, replayed)
+        if hook is not None:
+            hook(slot_index)
+        out = reader.read(slot_index.flatten(1), weight.flatten(1), token_counts).to(x.dtype)
+        if self.config.variant == "memory_plus":
+            out = self.output_proj(out * F.silu(self.gate_proj(x)))
+        if self.config.scalar_gate:
+            out = out * torch.sigmoid(self.scalar_gate(x))
+        return out
+
+
+def initial_value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor | None:
+    """Draw the initial value of one of the layer's parameters at its logical shape, in float64.
+
+    Args:
+        name: the parameter's name within the layer.
+        shape: its shape.
+        generator: where the numbers come from.
+
+    Returns:
+        The values, or None when the name is not one of this layer's.
+    """
+    draw = torch.empty(shape, dtype=torch.float64)
+    match name:
+        case "query.weight":
+            return nn.init.xavier_uniform_(draw, generator=generator)
+        case "keys":
+            bound = 1.0 / math.sqrt(2 * shape[-1])
+            return draw.uniform_(-bound, bound, generator=generator)
+        case "gate_proj.weight" | "output_proj.weight" | "scalar_gate.weight":
+            model_dim = shape[0] if name.startswith("output_proj") else shape[1]
+            return draw.normal_(0.0, model_dim**-0.5, generator=generator)
+        case "query.bias" | "gate_proj.bias" | "output_proj.bias" | "scalar_gate.bias":
+            return draw.zero_()
+        case "query_norm.weight" | "key_norm.weight":
+            return draw.fill_(1.0)
+    return None

@@ -1,0 +1,63 @@
+"""The one place where mempar makes process groups.
+
+Megatron's own groups are made by its parallel_state; these stand beside them. torch requires that
+every rank of the world takes part in making every group, in the same order.
+"""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from mempar.parallel.collectives import MemberGroup
+from mempar.parallel.ledger import ByteLedger
+from mempar.parallel.ranks import RankGrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryGroups:
+    """This rank's groups of the memory dimension.
+
+    Attributes:
+        memory: the P ranks over which the table is cut.
+        copies: the ranks that hold the same shard (replicas and stage copies).
+        tensor: the tensor-parallel ranks, for the token split.
+        ledger: bytes sent in all of them.
+    """
+
+    memory: MemberGroup
+    copies: MemberGroup
+    tensor: MemberGroup
+    ledger: ByteLedger
+
+
+def make_memory_groups(
+    grid: RankGrid, rank: int, tensor_group: dist.ProcessGroup | None
+) -> tuple[MemoryGroups, list[dist.ProcessGroup]]:
+    """Make the memory-parallel groups of the world; every rank must call it.
+
+    Args:
+        grid: sizes of all dimensions.
+        rank: this world rank.
+        tensor_group: megatron's tensor-parallel group; None where there is one rank in it.
+
+    Returns:
+        This rank's groups, and the torch groups that were made here (to be destroyed at the end).
+    """
+    ledger = ByteLedger()
+    made: list[dist.ProcessGroup] = []
+
+    def join(rank_lists: list[list[int]]) -> MemberGroup:
+        joined: dist.ProcessGroup | None = None
+        for ranks in rank_lists:
+            if len(ranks) == 1:
+                continue
+            group = dist.new_group(ranks)
+            if rank in ranks:
+                assert isinstance(group, dist.ProcessGroup)
+                joined = group
+                made.append(group)
+        return MemberGroup(joined, ledger)
+
+    memory = join(grid.memory_groups())
+    copies = join(grid.copy_groups())
+    return MemoryGroups(memory=memory, copies=copies, tensor=MemberGroup(tensor_group, ledger), ledger=ledger), made

@@ -1,0 +1,100 @@
+"""Rank arithmetic of the memory dimension: integers only, no process group is made here.
+
+World ranks follow megatron's default order: tensor fastest, then context, data, pipeline. One
+pipeline stage is a contiguous block of `tp * cp * dp` ranks; the memory-parallel groups are
+contiguous runs of P ranks inside it. Within such a group rows are fastest: member m holds row shard
+`m % R` and column shard `m // R`, so that row shards fall inside a node.
+"""
+
+from dataclasses import dataclass
+
+from mempar.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankGrid:
+    """Sizes of all parallel dimensions of a run, and where its table lies.
+
+    Attributes:
+        world: number of ranks.
+        tp: tensor-parallel size.
+        cp: context-parallel size.
+        pp: pipeline-parallel size.
+        mp: memory-parallel size P.
+        mp_rows: row shards R; column shards are P / R.
+        table_stages: pipeline stages that hold a copy of the table, ascending; empty for a dense model.
+    """
+
+    world: int
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    mp: int = 1
+    mp_rows: int = 1
+    table_stages: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit each other."""
+        model_ranks = self.tp * self.cp * self.pp
+        if self.world % model_ranks:
+            raise ConfigError(
+                f"{self.world} ranks do not divide into tp={self.tp} x cp={self.cp} x pp={self.pp} = {model_ranks}; "
+                "the data-parallel size must be whole; use a multiple of that number of ranks."
+            )
+        stage = self.stage_size
+        if stage % self.mp:
+            choices = ", ".join(str(p) for p in range(1, stage + 1) if stage % p == 0)
+            raise ConfigError(
+                f"parallel.mp={self.mp} needs a divisor of the ranks of one pipeline stage, but "
+                f"tp*cp*dp = {self.tp}*{self.cp}*{self.dp} = {stage} on {self.world} ranks; "
+                f"use parallel.mp={choices}, or start a multiple of {self.mp} ranks per stage."
+            )
+        if self.mp % self.mp_rows:
+            raise ConfigError(
+                f"parallel.mp_rows={self.mp_rows} does not divide parallel.mp={self.mp}; a grid has "
+                "mp_rows x (mp / mp_rows) shards; use a divisor of mp."
+            )
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size."""
+        return self.world // (self.tp * self.cp * self.pp)
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.world // self.pp
+
+    @property
+    def mp_columns(self) -> int:
+        """W, column shards."""
+        return self.mp // self.mp_rows
+
+    def stage_of(self, rank: int) -> int:
+        """Pipeline stage of a world rank."""
+        return rank // self.stage_size
+
+    def tp_rank(self, rank: int) -> int:
+        """Tensor-parallel rank of a world rank."""
+        return rank % self.tp
+
+    def dp_rank(self, rank: int) -> int:
+        """Data-parallel rank of a world rank (context parallelism not counted)."""
+        return rank % self.stage_size // (self.tp * self.cp)
+
+    def memory_rank(self, rank: int) -> int:
+        """Position of a world rank in its memory-parallel group: the shard that it holds."""
+        return rank % self.stage_size % self.mp
+
+    def memory_groups(self) -> list[list[int]]:
+        """World ranks of every memory-parallel group, of the stages that hold the table."""
+        return [
+            list(range(start, start + self.mp))
+            for stage in self.table_stages
+            for start in range(stage * self.stage_size, (stage + 1) * self.stage_size, self.mp)
+        ]
+
+    def copy_groups(self) -> list[list[int]]:
+        """World ranks that hold the same shard: replicas of one stage and copies on other stages."""
+        groups = self.memory_groups()
+        return [[group[shard] for group in groups] for shard in range(self.mp)] if groups else []

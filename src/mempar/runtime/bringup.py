@@ -1,0 +1,124 @@
+"""From the environment to a laid-out world: device, backend, megatron's parallel state, our groups.
+
+This is the one place of the runtime that reads environment variables (those that torchrun sets).
+"""
+
+import ctypes
+import datetime
+import os
+import signal
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mempar.errors import ConfigError
+from mempar.parallel.groups import MemoryGroups, make_memory_groups
+from mempar.runtime import mcore
+from mempar.runtime.config import RunConfig
+from mempar.runtime.float64 import keep_wide_logits
+from mempar.runtime.placement import Placement, place
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The ranks of a run, laid out.
+
+    Attributes:
+        rank: this rank.
+        size: number of ranks.
+        device: where this rank computes.
+        placement: sizes of the dimensions, the table's cuts and stages.
+        groups: the memory dimension's groups; None for a dense model.
+        made_groups: torch groups to be destroyed at the end.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    placement: Placement
+    groups: MemoryGroups | None
+    made_groups: list[dist.ProcessGroup]
+
+    @property
+    def holds_table(self) -> bool:
+        """Whether this rank's stage holds a shard of the table."""
+        return self.placement.grid.stage_of(self.rank) in self.placement.grid.table_stages
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what there is one of."""
+        return self.rank == 0
+
+
+def join_world(timeout_seconds: int = 600) -> None:
+    """Join the process group that torchrun's environment variables describe; alone without them."""
+    if sys.platform == "linux" and os.environ.get("TORCHELASTIC_RUN_ID"):
+        # A rank must not outlive its launcher.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        backend = "nccl"
+    elif "OMP_NUM_THREADS" not in os.environ or local_world > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def lay_out(run: RunConfig) -> World:
+    """Lay a run out on the joined world; every rank must call it.
+
+    Raises:
+        ConfigError: on every rank, before any group is made, when the run cannot be laid out.
+    """
+    check_engine(run)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    placement = place(run, size)
+    sizes = run.parallel
+    mcore.parallel_state.initialize_model_parallel(
+        sizes.tp,
+        sizes.pp,
+        sizes.vpp if sizes.vpp > 1 else None,
+        context_parallel_size=sizes.cp,
+    )
+    mcore.tensor_parallel.model_parallel_cuda_manual_seed(run.train.seed)
+    torch.manual_seed(run.train.seed)
+    if run.train.dtype == "float64":
+        keep_wide_logits(mcore.VocabParallelCrossEntropy)
+    groups, made = None, []
+    if run.memory.enabled:
+        tensor_group = mcore.parallel_state.get_tensor_model_parallel_group() if sizes.tp > 1 else None
+        groups, made = make_memory_groups(placement.grid, rank, tensor_group)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return World(rank=rank, size=size, device=device, placement=placement, groups=groups, made_groups=made)
+
+
+def check_engine(run: RunConfig) -> None:
+    """Refuse what this machine's engine would do wrongly or not at all."""
+    if run.parallel.cp > 1 and not mcore.HAS_TRANSFORMER_ENGINE:
+        raise ConfigError(
+            f"parallel.cp={run.parallel.cp} needs TransformerEngine's attention, which is not usable here; without it "
+            "megatron's attention sees one context-parallel rank's tokens only; use parallel.cp=1, or a CUDA machine "
+            "with transformer-engine."
+        )
+    if run.train.dtype == "float64" and run.parallel.distributed_optimizer:
+        raise ConfigError(
+            "train.dtype=float64 with parallel.distributed_optimizer=true: megatron's distributed optimizer keeps its "
+            "state in float32; use float32, or turn the distributed optimizer off."
+        )
+
+
+def tear_down(world: World) -> None:
+    """Destroy the groups that `lay_out` made, so that the process may lay out another run."""
+    for group in world.made_groups:
+        dist.destroy_process_group(group)
+    mcore.parallel_state.destroy_model_parallel()

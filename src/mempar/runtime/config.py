@@ -1,0 +1,296 @@
+"""The configuration of a run: frozen dataclasses, checked when they are created.
+
+A recipe is a function that returns a `RunConfig`; `KEY=VALUE` overrides and YAML files are merged by
+`runtime/overrides.py`. Nothing here imports torch, so that planning tools stay light.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+from mempar.errors import ConfigError
+from mempar.memory.config import MemoryConfig
+
+DTYPES = ("float64", "float32", "bf16")
+SCHEDULES = ("linear", "cosine", "wsd", "constant")
+
+
+def _at_least(section: str, settings: object, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value >= minimum):
+            raise ConfigError(f"{section}.{name}={value} must be at least {minimum}; raise {section}.{name}.")
+
+
+def _one_of(section: str, settings: object, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(settings, name)
+    if value not in choices:
+        raise ConfigError(
+            f"{section}.{name}={value} is not known; it is one of {', '.join(choices)}; set it to one of these."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Llama-style decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention.
+
+    `vocab_size=0` takes the tokenizer's size. The vocabulary is padded to a multiple of
+    `vocab_multiple`, whatever the tensor-parallel size, so that initial values do not depend on it.
+    """
+
+    num_layers: int = 12
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    num_query_groups: int = 0
+    ffn_hidden_size: int = 2048
+    vocab_size: int = 0
+    vocab_multiple: int = 128
+    rotary_base: int = 10000
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what does not depend on the parallel layout."""
+        _at_least(
+            "model", self, 1, "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_multiple"
+        )
+        _at_least("model", self, 0, "num_query_groups", "vocab_size")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"model.hidden_size={self.hidden_size} is not a multiple of model.num_attention_heads="
+                f"{self.num_attention_heads}; heads share the width equally; change one of them."
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise ConfigError(
+                f"model.num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"model.num_query_groups={self.query_groups}; groups share the heads equally; change one of them."
+            )
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads; as many as query heads by default."""
+        return self.num_query_groups or self.num_attention_heads
+
+    def padded_vocab(self, vocab_size: int) -> int:
+        """Rows of the embedding for a tokenizer of that size."""
+        size = self.vocab_size or vocab_size
+        return -(-size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Sizes of the parallel dimensions; what remains of the ranks is data parallel.
+
+    `mp_rows=0` chooses columns or rows by the bytes that they send (see `parallel/cost.py`).
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    mp: int = 1
+    mp_rows: int = 0
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        """Check sizes against each other."""
+        _at_least("parallel", self, 1, "tp", "pp", "vpp", "cp", "mp")
+        _at_least("parallel", self, 0, "mp_rows")
+        if self.vpp > 1 and self.pp == 1:
+            raise ConfigError(
+                f"parallel.vpp={self.vpp} with parallel.pp=1: virtual stages interleave a pipeline; "
+                "raise parallel.pp or drop parallel.vpp."
+            )
+        if self.sequence_parallel and self.tp == 1:
+            raise ConfigError(
+                "parallel.sequence_parallel=true with parallel.tp=1: it splits sequences over the tensor-parallel "
+                "ranks; raise parallel.tp or turn it off."
+            )
+        if self.mp_rows and self.mp % self.mp_rows:
+            raise ConfigError(
+                f"parallel.mp_rows={self.mp_rows} does not divide parallel.mp={self.mp}; the shards form a grid of "
+                "mp_rows x mp / mp_rows; use a divisor of parallel.mp."
+            )
+
+    @property
+    def smallest_world(self) -> int:
+        """The least number of ranks that this layout can run on."""
+        return self.pp * math.lcm(self.tp * self.cp, self.mp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW of the dense parameters and the schedule that all learning rates follow.
+
+    `schedule` runs from `lr` after `warmup_steps` down to `min_lr` at `decay_steps` (0: at the end of
+    the run); `wsd` stays at `lr` and decays linearly over the last `wsd_decay_steps`.
+    """
+
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    wsd_decay_steps: int = 0
+    schedule: str = "cosine"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _one_of("optim", self, "schedule", SCHEDULES)
+        _at_least(
+            "optim", self, 0, "lr", "min_lr", "warmup_steps", "decay_steps", "wsd_decay_steps", "weight_decay",
+            "clip_grad", "eps",
+        )  # fmt: skip
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name}={getattr(self, name)} must be in [0, 1); choose such a value.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch, precision and intervals of a run; intervals are in steps, 0 means never."""
+
+    steps: int = 100
+    seed: int = 1
+    global_batch_size: int = 24
+    micro_batch_size: int = 1
+    seq_length: int = 1024
+    dtype: str = "float32"
+    save_interval: int = 0
+    keep_checkpoints: int = 2
+    log_interval: int = 1
+    heldout_interval: int = 0
+    heldout_samples: int = 0
+    peak_tflops: float = 0.0
+    collective_timeout: int = 600
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _one_of("train", self, "dtype", DTYPES)
+        _at_least("train", self, 1, "global_batch_size", "micro_batch_size", "seq_length", "log_interval")
+        _at_least("train", self, 1, "keep_checkpoints", "collective_timeout")
+        _at_least("train", self, 0, "steps", "seed", "save_interval", "heldout_interval", "heldout_samples")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of train.micro_batch_size="
+                f"{self.micro_batch_size}; a batch is made of whole micro-batches; change one of them."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from.
+
+    Attributes:
+        corpus: a built-in corpus made on demand from what is on this machine; it fills `paths`.
+        paths: prefixes of Megatron .bin/.idx pairs.
+        weights: share of each path in the mix; by default in proportion to their tokens.
+        heldout_paths: prefixes that are only evaluated.
+        tokenizer: `byte` (256 bytes and an end-of-document token).
+        cache: directory for built-in corpora and sample indices.
+    """
+
+    corpus: str = ""
+    paths: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    heldout_paths: tuple[str, ...] = ()
+    tokenizer: str = "byte"
+    cache: str = "~/.cache/mempar"
+
+    def __post_init__(self) -> None:
+        """Check that weights match paths."""
+        if self.weights and len(self.weights) != len(self.paths):
+            raise ConfigError(
+                f"data.weights has {len(self.weights)} numbers for {len(self.paths)} data.paths; each path needs "
+                "one; give as many weights as paths, or none."
+            )
+        if any(weight <= 0 for weight in self.weights):
+            raise ConfigError(f"data.weights={list(self.weights)} must be positive; drop paths that weigh nothing.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    name: str = "run"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(enabled=False))
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        """Check settings of different sections against each other."""
+        if self.memory.enabled:
+            self._check_memory()
+        self._check_tensor_parallel()
+        layers_per_chunk = self.parallel.pp * self.parallel.vpp
+        if self.model.num_layers % layers_per_chunk:
+            raise ConfigError(
+                f"model.num_layers={self.model.num_layers} is not a multiple of parallel.pp x parallel.vpp = "
+                f"{self.parallel.pp} x {self.parallel.vpp}; stages hold equally many layers; change one of them."
+            )
+
+    def _check_memory(self) -> None:
+        memory, model = self.memory, self.model
+        if not memory.layers:
+            raise ConfigError(
+                "memory.enabled=true but memory.layers is empty; name the blocks, e.g. memory.layers=[4]."
+            )
+        if memory.layers[-1] >= model.num_layers or memory.layers[0] < 0:
+            raise ConfigError(
+                f"memory.layers={list(memory.layers)} leaves the model's blocks 0 to {model.num_layers - 1} "
+                f"(model.num_layers={model.num_layers}); name blocks inside it."
+            )
+        if memory.variant == "memory" and self.value_dim != model.hidden_size:
+            raise ConfigError(
+                f"memory.value_dim={memory.value_dim} differs from model.hidden_size={model.hidden_size}; the variant "
+                "`memory` adds values to the residual stream as they are; use 0, or memory.variant=memory_plus."
+            )
+
+    def _check_tensor_parallel(self) -> None:
+        tp, model = self.parallel.tp, self.model
+        sizes = {
+            "model.num_attention_heads": model.num_attention_heads,
+            "model.num_query_groups": model.query_groups,
+            "model.ffn_hidden_size": model.ffn_hidden_size,
+            "model.vocab_multiple": model.vocab_multiple,
+        }
+        if self.parallel.sequence_parallel:
+            sizes["train.seq_length"] = self.train.seq_length
+        for name, size in sizes.items():
+            if size % tp:
+                raise ConfigError(
+                    f"parallel.tp={tp} does not divide {name}={size}; tensor-parallel ranks hold equal shares; "
+                    f"change {name} or parallel.tp."
+                )
+
+    @property
+    def value_dim(self) -> int:
+        """D, the width of a table row."""
+        return self.memory.value_dim or self.model.hidden_size
+
+    @property
+    def value_bytes(self) -> int:
+        """b, bytes of one table element in lookups."""
+        return {"float64": 8, "float32": 4, "bf16": 2}[self.train.dtype]
+
+    @property
+    def values_lr(self) -> float:
+        """Peak learning rate of the values: ten times the dense one unless set."""
+        return self.memory.lr or 10.0 * self.optim.lr
+
+    @property
+    def values_weight_decay(self) -> float:
+        """Decoupled weight decay of the values: the dense one unless set."""
+        return self.memory.weight_decay if self.memory.weight_decay >= 0 else self.optim.weight_decay
+
+    def with_parallel(self, **sizes: int | bool) -> "RunConfig":
+        """Return the same run in another parallel layout."""
+        return replace(self, parallel=replace(self.parallel, **sizes))

@@ -1,0 +1,138 @@
+"""megatron-core 0.16 on machines without CUDA: its CUDA entry points, pointed at the CPU.
+
+megatron-core names CUDA in a handful of places where it means "the device" (allocating buffers,
+reading the random state, comparing type names). With these replaced, its schedules, parallel layers,
+optimizers and checkpoints run over gloo unchanged. Where CUDA is present nothing is touched.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("empty", "zeros", "ones", "tensor", "full", "arange", "empty_like", "zeros_like")
+
+
+class _Stream:
+    """A stream on a device that runs everything in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or torch.cpu.Event()
+
+
+def install(megatron_random: ModuleType) -> bool:
+    """Apply the cure, once a process.
+
+    Args:
+        megatron_random: megatron's module of random states. It is imported before this is called:
+            megatron pulls in torch._dynamo, which indexes torch.cuda's functions at import and refuses
+            to see one object under two names.
+
+    Returns:
+        Whether this process runs on the CPU.
+    """
+    if torch.cuda.is_available():
+        return False
+    _point_cuda_at_cpu()
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # pyright: ignore[reportAttributeAccessIssue]
+    torch.Tensor.type = _cuda_type_name(torch.Tensor.type)  # pyright: ignore[reportAttributeAccessIssue]
+    # Its own setter defers through torch.cuda._lazy_call, which never runs without CUDA.
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    # Forking the random state warns when the CPU generator advances; here that one is meant.
+    logging.getLogger(megatron_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+    return True
+
+
+def _point_cuda_at_cpu() -> None:
+    cuda: Any = torch.cuda
+    # megatron passes the result as `device=`.
+    cuda.current_device = lambda: _CPU
+    for name in ("synchronize", "empty_cache", "set_device"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    cuda.Stream, cuda.Event = _Stream, torch.cpu.Event
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.current_stream = lambda device=None: _Stream()
+    cuda.default_stream = lambda device=None: _Stream()
+    # The "CUDA" generator is the CPU's.
+    cuda.manual_seed = torch.default_generator.manual_seed
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda device=None: torch.get_rng_state()
+        module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original(self, dtype, *args, **kwargs)
+        # Optimizers compare type names with 'torch.cuda.FloatTensor' and the like.
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    return type_name
+
+
+def mend_distributed_adam(optimizer_class: Any) -> None:
+    """Let the distributed optimizer save and load torch's AdamW, which megatron uses without TE or apex.
+
+    In 0.16.1 its moments do not exist before the first step although a checkpoint is laid out from
+    them, its `step` is not among the tensors being set, and after loading one `step` tensor is shared
+    by all parameters, so that each of them would advance it.
+
+    Args:
+        optimizer_class: megatron's DistributedOptimizer.
+    """
+    set_states, sharded_state_dict = (
+        optimizer_class._set_main_param_and_optimizer_states,
+        optimizer_class.sharded_state_dict,
+    )
+
+    @torch.no_grad()
+    def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, position = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][position]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors = {"step": state["step"], **tensors}
+        set_states(self, model_param, tensors)
+
+    def sharded_state_dict_with_moments(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if not self.optimizer.state[param]:
+                    self.optimizer.state[param] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(param),
+                        "exp_avg_sq": torch.zeros_like(param),
+                    }
+        return sharded_state_dict(self, *args, **kwargs)
+
+    optimizer_class._set_main_param_and_optimizer_states = set_states_with_step
+    optimizer_class.sharded_state_dict = sharded_state_dict_with_moments

@@ -1,0 +1,194 @@
+"""Tokens: Megatron's indexed files, mixed and shuffled so that position is one number.
+
+Sample i of a run is a pure function of (i, seed, data): which data set it comes from follows
+Megatron's blending rule, and every pass over a data set has its own shuffle. Nothing depends on the
+number of steps or on the data-parallel size, so a resumed or lengthened run sees the same samples.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mempar.errors import ConfigError
+from mempar.runtime import mcore
+from mempar.runtime.config import RunConfig
+
+# bytes 0..255 and an end-of-document token
+BYTE_VOCAB = 257
+
+
+@dataclass(frozen=True)
+class ByteTokenizer:
+    """What Megatron's data sets ask of a tokenizer."""
+
+    vocab_size: int = BYTE_VOCAB
+    eod: int = BYTE_VOCAB - 1
+    pad: int = BYTE_VOCAB - 1
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        """What distinguishes cached sample indices of different tokenizers."""
+        return {"class": "ByteTokenizer"}
+
+    @property
+    def special_tokens_dict(self) -> dict[str, int]:
+        """Megatron asks for it; there are none."""
+        return {}
+
+
+def vocab_size(run: RunConfig) -> int:
+    """Tokens of the run's tokenizer."""
+    if run.data.tokenizer != "byte":
+        raise ConfigError(
+            f"data.tokenizer={run.data.tokenizer} is not known; the tokenizers are: byte; use one of these."
+        )
+    return BYTE_VOCAB
+
+
+def check_paths(run: RunConfig) -> None:
+    """Refuse data that is not there.
+
+    Raises:
+        ConfigError: naming the missing file and how to make it.
+    """
+    if not run.data.paths:
+        raise ConfigError(
+            "data.paths is empty; a run needs at least one Megatron .bin/.idx pair; make one with "
+            "`mempar prepare INPUT... --tokenizer byte --out PREFIX` and set data.paths=[PREFIX], or set "
+            "data.corpus=stdlib."
+        )
+    for path in (*run.data.paths, *run.data.heldout_paths):
+        for suffix in (".bin", ".idx"):
+            if not Path(path + suffix).is_file():
+                raise ConfigError(
+                    f"{path}{suffix} does not exist; data.paths name pairs of Megatron .bin/.idx files without "
+                    f"their suffix; make them with `mempar prepare INPUT... --tokenizer {run.data.tokenizer} "
+                    f"--out {path}`."
+                )
+
+
+class Samples:
+    """All samples of some data sets, in the order in which a run reads them."""
+
+    def __init__(self, run: RunConfig, paths: tuple[str, ...], weights: tuple[float, ...], seed: int) -> None:
+        """Open the data sets.
+
+        Args:
+            run: sequence length, tokenizer and cache directory.
+            paths: prefixes of .bin/.idx pairs.
+            weights: share of each; empty means in proportion to their samples.
+            seed: of the shuffles.
+        """
+        self.seed = seed
+        self.sets = [_one_pass(run, path, seed) for path in paths]
+        sizes = np.array([len(data) for data in self.sets], dtype=np.float64)
+        share = np.array(weights, dtype=np.float64) if weights else sizes
+        self.share = share / share.sum()
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self._chosen = np.zeros(0, dtype=np.int64)
+        self._ordinal = np.zeros(0, dtype=np.int64)
+        self._taken = np.zeros(len(self.sets))
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Tokens `[seq_length + 1] int64` of sample `index`, any number from 0."""
+        if len(self.sets) == 1:
+            which, ordinal = 0, index
+        else:
+            self._blend_up_to(index + 1)
+            which, ordinal = int(self._chosen[index]), int(self._ordinal[index])
+        data = self.sets[which]
+        epoch, place = divmod(ordinal, len(data))
+        sample = data[int(self._order(which, epoch)[place])]
+        return np.concatenate([sample["tokens"].numpy(), sample["labels"][-1:].numpy()])
+
+    def _order(self, which: int, epoch: int) -> np.ndarray:
+        if (which, epoch) not in self._orders:
+            shuffle = np.random.default_rng([self.seed, which, epoch])
+            self._orders[which, epoch] = shuffle.permutation(len(self.sets[which]))
+        return self._orders[which, epoch]
+
+    def _blend_up_to(self, count: int) -> None:
+        """Extend the choice of data sets: each sample comes from the one that lags most behind its share."""
+        if len(self._chosen) >= count:
+            return
+        grown = max(count, 2 * len(self._chosen), 1024)
+        chosen, ordinal = np.empty(grown, dtype=np.int64), np.empty(grown, dtype=np.int64)
+        done = len(self._chosen)
+        chosen[:done], ordinal[:done] = self._chosen, self._ordinal
+        for index in range(done, grown):
+            which = int(np.argmax(self.share * (index + 1) - self._taken))
+            chosen[index], ordinal[index] = which, self._taken[which]
+            self._taken[which] += 1
+        self._chosen, self._ordinal = chosen, ordinal
+
+
+def _one_pass(run: RunConfig, path: str, seed: int) -> Any:
+    """One epoch of a .bin/.idx pair as fixed-length samples, through Megatron's GPTDataset."""
+    indexed = mcore.IndexedDataset(path)
+    tokens = int(indexed.sequence_lengths.sum())
+    if tokens <= run.train.seq_length:
+        raise ConfigError(
+            f"{path} holds {tokens} tokens, fewer than one sample of train.seq_length={run.train.seq_length} and its "
+            "last label; use more data or shorter sequences."
+        )
+    config = mcore.GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=run.train.seq_length,
+        tokenizer=ByteTokenizer(),  # pyright: ignore[reportArgumentType]
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        split="1,0,0",
+        path_to_cache=None,
+    )
+    documents = np.arange(len(indexed.document_indices) - 1, dtype=np.int32)
+    return mcore.GPTDataset(indexed, path, documents, None, mcore.Split.train, config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        tokens: `[b, s] int64`.
+        labels: `[b, s] int64`.
+        loss_mask: `[b, s] float32`.
+        position_ids: `[b, s] int64`.
+        sample_ids: numbers of its samples in the run.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    sample_ids: list[int]
+
+
+def micro_batches(
+    samples: Samples, run: RunConfig, first: int, *, count: int, dp_rank: int, dp: int, device: torch.device
+) -> list[Batch]:
+    """This rank's micro-batches of `count` samples from sample `first` on.
+
+    Data-parallel rank d takes micro-batches d, d + dp, d + 2 dp, ... of the global batch.
+    """
+    size = run.train.micro_batch_size
+    batches = []
+    for start in range(first + dp_rank * size, first + count, dp * size):
+        ids = list(range(start, start + size))
+        tokens = torch.from_numpy(np.stack([samples[i] for i in ids])).to(device)
+        length = tokens.shape[1] - 1
+        batches.append(
+            Batch(
+                tokens=tokens[:, :-1].contiguous(),
+                labels=tokens[:, 1:].contiguous(),
+                loss_mask=torch.ones(size, length, device=device),
+                position_ids=torch.arange(length, device=device).expand(size, -1),
+                sample_ids=ids,
+            )
+        )
+    return batches

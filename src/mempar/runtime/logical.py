@@ -1,0 +1,100 @@
+"""Logical parameters: one name and one shape for every parameter, whatever the layout.
+
+Megatron names a block by its place in a pipeline stage and holds a tensor-parallel share of it. Here
+a parameter has its global block number in its name and its whole shape, and a share is cut out of it
+or shares are joined to it. Initial values and comparisons between layouts go through this.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mempar.memory import layer as memory_layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogicalParameter:
+    """A parameter's place in the logical model.
+
+    Attributes:
+        name: global name, e.g. `decoder.layers.11.mlp.linear_fc1.weight`.
+        param: this rank's share.
+        dim: dimension that is split over tensor-parallel ranks; None when every rank holds it whole.
+        halves: 2 where the dimension holds two matrices one after the other (gate and up projection),
+            each of which is split; 1 otherwise.
+        tp: tensor-parallel size.
+        tp_rank: this rank's share.
+    """
+
+    name: str
+    param: nn.Parameter
+    dim: int | None
+    halves: int
+    tp: int
+    tp_rank: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The whole parameter's shape."""
+        shape = list(self.param.shape)
+        if self.dim is not None:
+            shape[self.dim] *= self.tp
+        return tuple(shape)
+
+    def share_of(self, whole: Tensor) -> Tensor:
+        """Cut this rank's share out of the whole parameter."""
+        if self.dim is None or self.tp == 1:
+            return whole
+        pieces = [half.chunk(self.tp, self.dim)[self.tp_rank] for half in whole.chunk(self.halves, self.dim)]
+        return torch.cat(pieces, self.dim)
+
+    def join(self, shares: list[Tensor]) -> Tensor:
+        """Put the shares of all tensor-parallel ranks together."""
+        if self.dim is None or self.tp == 1:
+            return shares[0]
+        split = [share.chunk(self.halves, self.dim) for share in shares]
+        return torch.cat([piece for half in zip(*split, strict=True) for piece in half], self.dim)
+
+
+def logical_parameters(model: Any, *, tp: int, tp_rank: int) -> Iterator[LogicalParameter]:
+    """Walk over the parameters of one chunk of a GPTModel (not wrapped in DDP or Float16Module)."""
+    numbers = {str(place): block.layer_number - 1 for place, block in enumerate(model.decoder.layers)}
+    for name, param in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            _, _, place, rest = name.split(".", 3)
+            name = f"decoder.layers.{numbers[place]}.{rest}"
+        split = bool(getattr(param, "tensor_model_parallel", False))
+        yield LogicalParameter(
+            name=name,
+            param=param,
+            dim=param.partition_dim if split else None,
+            halves=2 if name.endswith("linear_fc1.weight") else 1,
+            tp=tp,
+            tp_rank=tp_rank,
+        )
+
+
+def initial_value(name: str, shape: tuple[int, ...], *, seed: int, init_std: float, num_layers: int) -> Tensor:
+    """Draw a whole parameter from the run's seed and the parameter's global name.
+
+    Dense weights are normal(0, std), projections back into the residual stream normal(0, std /
+    sqrt(2 L)) as in Megatron's GPT; the memory layer's are its own (facts in memory/layer.py).
+
+    Returns:
+        `shape`, float64.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    if ".mlp." in name:
+        value = memory_layer.initial_value(name.partition(".mlp.")[2], shape, generator)
+        if value is not None:
+            return value
+    if name.endswith("norm.weight"):
+        return torch.ones(shape, dtype=torch.float64)
+    residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+    std = init_std / (2 * num_layers) ** 0.5 if residual else init_std
+    return torch.empty(shape, dtype=torch.float64).normal_(0.0, std, generator=generator)

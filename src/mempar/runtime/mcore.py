@@ -1,0 +1,85 @@
+"""Every megatron-core import of mempar, under the names that the rest of it uses.
+
+One place to see what of megatron we stand on, and the place where machines without CUDA are cured:
+the cure must be in effect before anything of megatron is built.
+"""
+
+import importlib.util
+import logging
+import warnings
+
+from mempar.runtime import cpu
+
+with warnings.catch_warnings():
+    # Import-time notices about optional packages; what matters of them, doctor says.
+    warnings.simplefilter("ignore")
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.utils import Split
+    from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+    from megatron.core.transformer.module import Float16Module, MegatronModule
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+logging.getLogger("megatron").setLevel(logging.ERROR)
+RUNS_ON_CPU = cpu.install(tensor_parallel.random)
+if RUNS_ON_CPU:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    cpu.mend_distributed_adam(DistributedOptimizer)
+
+HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None and not RUNS_ON_CPU
+
+__all__ = [
+    "HAS_TRANSFORMER_ENGINE",
+    "RUNS_ON_CPU",
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "Float16Module",
+    "GPTDataset",
+    "GPTDatasetConfig",
+    "GPTModel",
+    "IndexedDataset",
+    "IndexedDatasetBuilder",
+    "LocalNonpersistentObject",
+    "MegatronModule",
+    "MegatronOptimizer",
+    "ModuleSpec",
+    "OptimizerConfig",
+    "ShardedObject",
+    "ShardedTensor",
+    "Split",
+    "TorchDistSaveShardedStrategy",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "VocabParallelCrossEntropy",
+    "dist_checkpointing",
+    "finalize_model_grads",
+    "get_forward_backward_func",
+    "get_gpt_layer_local_spec",
+    "get_gpt_layer_with_transformer_engine_spec",
+    "get_megatron_optimizer",
+    "get_num_layers_to_build",
+    "get_transformer_layer_offset",
+    "parallel_state",
+    "tensor_parallel",
+]

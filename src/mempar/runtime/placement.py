@@ -1,0 +1,115 @@
+"""Which pipeline stage a block lies on, and which stages need the table.
+
+Block l of L lies on stage `floor(l / n) mod p` with `n = L / (p v)` blocks in each of the v virtual
+stages. Memory layers that share a table co-locate when all their blocks fall on one stage; otherwise
+every stage with a memory layer keeps a copy of its shard, and copies are kept equal after each step.
+"""
+
+from dataclasses import dataclass
+
+from mempar.errors import ConfigError
+from mempar.parallel.cost import columns_send_fewer_bytes
+from mempar.parallel.ranks import RankGrid
+from mempar.parallel.shard_plan import ShardPlan
+from mempar.runtime.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """The layout of a run on a number of ranks.
+
+    Attributes:
+        grid: ranks of every dimension.
+        plan: cuts of the table; None for a dense model.
+        reason: one line that says where the table lies and why.
+    """
+
+    grid: RankGrid
+    plan: ShardPlan | None
+    reason: str
+
+
+def stage_of_layer(layer: int, *, num_layers: int, pp: int, vpp: int) -> int:
+    """Pipeline stage of a block."""
+    return layer // (num_layers // (pp * vpp)) % pp
+
+
+def place(config: RunConfig, world: int) -> Placement:
+    """Lay a run out on `world` ranks.
+
+    Raises:
+        ConfigError: when the sizes do not fit the number of ranks, the batch or the table.
+    """
+    sizes = config.parallel
+    stages: tuple[int, ...] = ()
+    if config.memory.enabled:
+        stages = tuple(
+            sorted(
+                {
+                    stage_of_layer(layer, num_layers=config.model.num_layers, pp=sizes.pp, vpp=sizes.vpp)
+                    for layer in config.memory.layers
+                }
+            )
+        )
+    elif sizes.mp > 1:
+        raise ConfigError(
+            f"parallel.mp={sizes.mp} with memory.enabled=false: there is no table to cut; use parallel.mp=1."
+        )
+    rows, why = _row_shards(config)
+    grid = RankGrid(world=world, tp=sizes.tp, cp=sizes.cp, pp=sizes.pp, mp=sizes.mp, mp_rows=rows, table_stages=stages)
+    _check_batch(config, grid)
+    if not config.memory.enabled:
+        return Placement(grid=grid, plan=None, reason="dense model, no table")
+    plan = ShardPlan(
+        num_slots=config.memory.num_slots,
+        value_dim=config.value_dim,
+        column_tile=config.memory.column_tile,
+        num_row_shards=rows,
+        num_column_shards=sizes.mp // rows,
+    )
+    return Placement(grid=grid, plan=plan, reason=f"{_where(config, stages)}; {why}")
+
+
+def _row_shards(config: RunConfig) -> tuple[int, str]:
+    mp = config.parallel.mp
+    if mp == 1:
+        return 1, "one shard"
+    if config.parallel.mp_rows:
+        rows = config.parallel.mp_rows
+        return rows, f"{rows} row x {mp // rows} column shards as set"
+    reads = config.memory.heads * config.memory.top_k
+    tiles = -(-config.value_dim // config.memory.column_tile)
+    fewer = columns_send_fewer_bytes(value_dim=config.value_dim, reads=reads, value_bytes=config.value_bytes)
+    if fewer and tiles >= mp:
+        return 1, f"{mp} column shards, which send fewer bytes than rows at D={config.value_dim}, M={reads}"
+    why = f"only {tiles} column tiles" if fewer else f"which send fewer bytes than columns at D={config.value_dim}"
+    return mp, f"{mp} row shards ({why}, M={reads})"
+
+
+def _where(config: RunConfig, stages: tuple[int, ...]) -> str:
+    sizes = config.parallel
+    if sizes.pp == 1:
+        return "table on the only stage"
+    if len(stages) == 1:
+        return f"table on stage {stages[0]} of {sizes.pp}, where all its layers lie (vpp={sizes.vpp})"
+    return (
+        f"a copy of the table on each of the stages {', '.join(map(str, stages))}: its layers "
+        f"{list(config.memory.layers)} do not fall on one stage at pp={sizes.pp}, vpp={sizes.vpp}"
+    )
+
+
+def _check_batch(config: RunConfig, grid: RankGrid) -> None:
+    train = config.train
+    share = train.micro_batch_size * grid.dp
+    if train.global_batch_size % share:
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size x "
+            f"data-parallel size = {train.micro_batch_size} x {grid.dp}; every rank runs equally many "
+            f"micro-batches; use a multiple of {share}."
+        )
+    micro_batches = train.global_batch_size // share
+    if config.parallel.vpp > 1 and micro_batches % config.parallel.pp:
+        raise ConfigError(
+            f"{micro_batches} micro-batches a rank are not a multiple of parallel.pp={config.parallel.pp}; the "
+            "interleaved schedule (parallel.vpp > 1) needs that; change train.global_batch_size or parallel.vpp."
+        )

@@ -1,0 +1,112 @@
+"""One pass over a global batch through megatron's schedules, forward only or with gradients.
+
+The loss is per token: micro-batches hand megatron sums, and its finalisation divides gradients by the
+number of unmasked tokens of the whole batch, so masked and uneven batches weigh tokens equally.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mempar.runtime import mcore
+from mempar.runtime.bringup import World
+from mempar.runtime.config import RunConfig
+from mempar.runtime.data import Batch
+from mempar.runtime.model import Model
+from mempar.runtime.optim import Optimizers, StepReport
+
+
+class BatchCursor:
+    """Iterates over micro-batches and remembers the one that is being computed.
+
+    The interleaved schedule walks the same micro-batches once for every virtual stage.
+    """
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.current: Batch | None = None
+        self._batches = iter(batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        self.current = next(self._batches)
+        return self.current
+
+
+class Stepper:
+    """Runs global batches through a model."""
+
+    def __init__(self, run: RunConfig, world: World, model: Model, optimizers: Optimizers) -> None:
+        self.run, self.world, self.model, self.optimizers = run, world, model, optimizers
+        self._num_tokens: Tensor | None = None
+        self.current: Batch | None = None
+        model.transformer.finalize_model_grads_func = self._finalize
+
+    def _finalize(self, chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        mcore.finalize_model_grads(chunks, num_tokens, **kwargs)
+        # Megatron has just reduced it over the data-parallel ranks, in place.
+        self._num_tokens = num_tokens
+
+    def train(self, batches: list[Batch], factor: float) -> StepReport:
+        """Train on this rank's share of a global batch.
+
+        Args:
+            batches: this rank's micro-batches, equally many on every rank.
+            factor: share of the peak learning rates.
+
+        Returns:
+            The step's numbers, equal on all ranks.
+        """
+        for chunk in self.model.wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizers.dense.zero_grad()
+        loss_sum, _ = self._schedule(batches, forward_only=False)
+        assert self._num_tokens is not None
+        return self.optimizers.step(factor, self._num_tokens, loss_sum)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> float:
+        """Mean token loss over all ranks' micro-batches, equal on all ranks; changes nothing."""
+        for chunk in self.model.wrapped:
+            chunk.eval()
+        loss_sum, tokens = self._schedule(batches, forward_only=True)
+        sums = torch.stack([loss_sum, tokens.double()])
+        dist.all_reduce(sums)
+        return float(sums[0] / sums[1])
+
+    def _schedule(self, batches: list[Batch], *, forward_only: bool) -> tuple[Tensor, Tensor]:
+        """Run the schedule; return this rank's sums of losses and tokens (zero off the last stage)."""
+        cursors = [BatchCursor(batches) for _ in self.model.wrapped]
+        outputs = mcore.get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=cursors if len(cursors) > 1 else cursors[0],
+            model=self.model.wrapped,
+            num_microbatches=len(batches),
+            seq_length=self.run.train.seq_length,
+            micro_batch_size=self.run.train.micro_batch_size,
+            forward_only=forward_only,
+        )
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        if mcore.parallel_state.get_tensor_model_parallel_rank() == 0:
+            # Tensor-parallel ranks all hold the same losses: one of them speaks.
+            for output in outputs:
+                sums += output["sums"]
+        return sums[0], sums[1]
+
+    def _forward(self, cursor: BatchCursor, chunk: Any) -> tuple[Tensor, Any]:
+        batch = self.current = next(cursor)
+        output = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels)
+
+        def loss(token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            mask = batch.loss_mask.to(token_losses.dtype)
+            total, tokens = (token_losses * mask).sum(), batch.loss_mask.sum()
+            # The schedule may change the loss in place: what is reported is a copy.
+            sums = torch.stack([total.detach().double(), tokens.double()])
+            return total, tokens.to(torch.int), {"sums": sums}
+
+        return output, loss

@@ -1,0 +1,304 @@
+"""The truth: the whole model and its training step as a page of plain torch, on one process.
+
+The engine in `src/mempar` must reproduce what this file computes (the oracle law). It is written for reading and
+imports nothing from mempar; autograd makes every gradient, dense `[S, D]` table gradients included. It follows
+"Memory Layers at Scale" (arXiv 2412.09764), section 3, on the transformer of megatron-core 0.16.1. Variants `memory`
+and `memory_plus`; no PEER, no MoE, no dropout.
+
+Parameters are one flat `dict[str, Tensor]` under the names megatron-core uses on a single process. The arithmetic has
+the parameters' dtype; norms, softmaxes and the loss have at least float32.
+
+    B sequences   L positions   T = B*L tokens (token b*L + l)   V padded vocabulary   C model width   F FFN width
+    A attention heads   G query groups   d = C/A head width
+    H memory heads   N sub-keys per half   S = N*N slots   Q half-key width   K top-k   D value width
+
+    embedding.word_embeddings.weight  [V, C]      output_layer.weight  [V, C] (absent when tied)
+    decoder.final_layernorm.weight    [C]         memory.values        [S, D] (one table, shared by all memory layers)
+    decoder.layers.{l}.  (l is global, 0-based)
+      input_layernorm.weight              [C]     pre_mlp_layernorm.weight           [C]
+      self_attention.linear_qkv.weight    [G*(A/G+2)*d, C]: for each group A/G query heads, a key head, a value head
+      self_attention.linear_proj.weight   [C, A*d]
+      mlp.linear_fc1.weight               [2F, C]: gate half, then up half        mlp.linear_fc2.weight  [C, F]
+    and in a memory layer, instead of the two linear_fc:
+      mlp.query.weight, .bias             [H*2Q, C], [H*2Q]                       mlp.keys               [H, 2, N, Q]
+      mlp.gate_proj.weight, .bias         [D, C], [D]      memory_plus only
+      mlp.output_proj.weight, .bias       [C, D], [C]      memory_plus only
+      mlp.query_norm.weight, mlp.key_norm.weight   [Q]     with qk_norm
+      mlp.scalar_gate.weight, .bias       [1, C], [1]      with scalar_gate
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+VALUES = "memory.values"
+Params = dict[str, Tensor]
+# The slots each token chose, or must choose: {memory layer: [B, L, H, K] int64}.
+Slots = dict[int, Tensor]
+# tokens, labels and loss mask, each [B, L].
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class OracleConfig:
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    ffn_hidden_size: int
+    rotary_base: float = 10000.0
+    norm_epsilon: float = 1e-5
+    tie_embeddings: bool = False
+    memory_layers: tuple[int, ...] = ()
+    variant: str = "memory_plus"
+    num_subkeys: int = 0
+    heads: int = 0
+    top_k: int = 0
+    qk_norm: bool = False
+    scalar_gate: bool = False
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    wide = at_least_float32(x)
+    return (wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + epsilon) * weight).to(x.dtype)
+
+
+def rotate(x: Tensor, base: float) -> Tensor:
+    """Turns x [B, L, heads, d] by its position; dim j pairs with dim j + d/2, angles are float32 as in megatron."""
+    length, width = x.shape[1], x.shape[3]
+    inv_freq = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32, device=x.device) / width)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32, device=x.device), inv_freq)
+    # [L, 1, d/2]: the same for all heads
+    cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """query [B, L, A, d], key and value [B, L, G, d] -> [B, L, A, d]; query head a reads group a // (A/G)."""
+    length, heads_per_group = query.shape[1], query.shape[2] // key.shape[2]
+    key, value = key.repeat_interleave(heads_per_group, dim=2), value.repeat_interleave(heads_per_group, dim=2)
+    score = torch.einsum("bqad,bkad->baqk", query, key) / math.sqrt(query.shape[3])
+    future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+    weight = at_least_float32(score).masked_fill(future, -math.inf).softmax(-1).to(value.dtype)
+    return torch.einsum("baqk,bkad->bqad", weight, value)
+
+
+def attention_layer(params: Params, prefix: str, x: Tensor, config: OracleConfig) -> Tensor:
+    """x [B, L, C] -> [B, L, C]."""
+    groups = config.num_query_groups
+    width = config.hidden_size // config.num_attention_heads
+    heads_per_group = config.num_attention_heads // groups
+    qkv = F.linear(x, params[f"{prefix}.linear_qkv.weight"]).unflatten(-1, (groups, heads_per_group + 2, width))
+    # [B, L, A, d], [B, L, G, d], [B, L, G, d]
+    query, key, value = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
+    out = causal_attention(rotate(query, config.rotary_base), rotate(key, config.rotary_base), value)
+    return F.linear(out.flatten(2), params[f"{prefix}.linear_proj.weight"])
+
+
+def feed_forward(params: Params, prefix: str, x: Tensor) -> Tensor:
+    gate, up = F.linear(x, params[f"{prefix}.linear_fc1.weight"]).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, params[f"{prefix}.linear_fc2.weight"])
+
+
+def slot_scores(query: Tensor, keys: Tensor) -> Tensor:
+    """Scores every slot i1*N + i2 as s1[i1] + s2[i2]: query [T, H, 2, Q], keys [H, 2, N, Q] -> [T, H, N*N]."""
+    half = torch.einsum("thcq,hcnq->thcn", query, keys)
+    return (half[:, :, 0, :, None] + half[:, :, 1, None, :]).flatten(2)
+
+
+def product_key_topk(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of all N*N slots, score descending then slot ascending: slot [T, H, K] int64, score [T, H, K]."""
+    # The sort is stable and the slots enter it in ascending order, so equal scores stay in that order.
+    score, slot = slot_scores(query, keys).sort(dim=-1, descending=True, stable=True)
+    return slot[..., :k], score[..., :k]
+
+
+def memory_layer(
+    params: Params, prefix: str, x: Tensor, config: OracleConfig, replay: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [T, C] -> out [T, C], slots [T, H, K]; with `replay` [T, H, K] these slots are read instead of the best."""
+    keys, values = params[f"{prefix}.keys"], params[VALUES]
+    query = F.linear(x, params[f"{prefix}.query.weight"], params[f"{prefix}.query.bias"])
+    query = query.unflatten(-1, (config.heads, 2, -1))
+    if config.qk_norm:
+        query = rms_norm(query, params[f"{prefix}.query_norm.weight"], config.norm_epsilon)
+        keys = rms_norm(keys, params[f"{prefix}.key_norm.weight"], config.norm_epsilon)
+    if replay is None:
+        slot, score = product_key_topk(query, keys, config.top_k)
+    else:
+        slot, score = replay, slot_scores(query, keys).gather(-1, replay)
+    # A softmax for each head, so that the weights of a token sum to H; the heads are summed, not concatenated.
+    weight = at_least_float32(score).softmax(-1)
+    out = torch.einsum("thk,thkd->td", weight, values[slot].to(weight.dtype)).to(x.dtype)
+    if config.variant == "memory_plus":
+        gate = F.silu(F.linear(x, params[f"{prefix}.gate_proj.weight"], params[f"{prefix}.gate_proj.bias"]))
+        out = F.linear(out * gate, params[f"{prefix}.output_proj.weight"], params[f"{prefix}.output_proj.bias"])
+    if config.scalar_gate:
+        scalar = F.linear(x, params[f"{prefix}.scalar_gate.weight"], params[f"{prefix}.scalar_gate.bias"])
+        out = out * scalar.sigmoid()
+    return out, slot
+
+
+def forward(params: Params, tokens: Tensor, config: OracleConfig, replay: Slots | None = None) -> tuple[Tensor, Slots]:
+    """tokens [B, L] -> logits [B, L, V] and the slots of each memory layer [B, L, H, K]."""
+    x = params["embedding.word_embeddings.weight"][tokens]
+    slots: Slots = {}
+    for layer in range(config.num_layers):
+        prefix = f"decoder.layers.{layer}"
+        normed = rms_norm(x, params[f"{prefix}.input_layernorm.weight"], config.norm_epsilon)
+        x = x + attention_layer(params, f"{prefix}.self_attention", normed, config)
+        normed = rms_norm(x, params[f"{prefix}.pre_mlp_layernorm.weight"], config.norm_epsilon)
+        if layer in config.memory_layers:
+            chosen = None if replay is None else replay[layer].flatten(0, 1)
+            out, slot = memory_layer(params, f"{prefix}.mlp", normed.flatten(0, 1), config, chosen)
+            x = x + out.unflatten(0, tokens.shape)
+            slots[layer] = slot.unflatten(0, tokens.shape)
+        else:
+            x = x + feed_forward(params, f"{prefix}.mlp", normed)
+    x = rms_norm(x, params["decoder.final_layernorm.weight"], config.norm_epsilon)
+    output = "embedding.word_embeddings.weight" if config.tie_embeddings else "output_layer.weight"
+    return F.linear(x, params[output]), slots
+
+
+def loss(
+    params: Params,
+    tokens: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    config: OracleConfig,
+    replay: Slots | None = None,
+    num_tokens: Tensor | None = None,
+) -> tuple[Tensor, Slots]:
+    """The masked token losses' sum over `num_tokens`: the unmasked tokens of the global batch, by default of this one.
+
+    labels are the tokens to predict, already shifted. The padded columns of the vocabulary take part in the softmax.
+    """
+    logits, slots = forward(params, tokens, config, replay)
+    token_loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), labels.flatten(), reduction="none")
+    num_tokens = loss_mask.sum() if num_tokens is None else num_tokens
+    return (token_loss * loss_mask.flatten()).sum() / num_tokens.clamp(min=1), slots
+
+
+def gradients(
+    params: Params, batches: Sequence[Batch], config: OracleConfig, replay: Sequence[Slots] | None = None
+) -> tuple[Tensor, Params, list[Slots]]:
+    """Loss, gradient of every parameter, and the slots of each micro-batch, for the global batch `batches`."""
+    leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
+    num_tokens = torch.stack([loss_mask.sum() for _, _, loss_mask in batches]).sum()
+    parts, slots = [], []
+    for index, batch in enumerate(batches):
+        part, chosen = loss(leaves, *batch, config, None if replay is None else replay[index], num_tokens)
+        parts.append(part)
+        slots.append(chosen)
+    total = torch.stack(parts).sum()
+    grads = torch.autograd.grad(total, list(leaves.values()))
+    return total.detach(), dict(zip(leaves, grads, strict=True)), slots
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW's settings; a clip of 0 is off. A schedule passes another `lr` and `memory_lr` to each step."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    memory_lr: float = 1e-3
+    memory_weight_decay: float = 0.1
+    memory_clip_grad: float = 1.0
+
+
+@dataclass
+class AdamState:
+    """The number of steps done, and the two moments of each parameter, zero until its first step."""
+
+    step: int = 0
+    first: Params = field(default_factory=dict)
+    second: Params = field(default_factory=dict)
+
+
+def global_norm(grads: Params) -> Tensor:
+    return sum((at_least_float32(grad).square().sum() for grad in grads.values()), torch.zeros(())).sqrt()
+
+
+def clip(grads: Params, norm: Tensor, max_norm: float) -> Params:
+    coefficient = max_norm / (norm + 1e-6)
+    if max_norm > 0 and coefficient < 1:
+        return {name: grad * coefficient for name, grad in grads.items()}
+    return grads
+
+
+def adamw(
+    param: Tensor, grad: Tensor, first: Tensor, second: Tensor, lr: float, decay: float, optim: OptimConfig, step: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next param, first and second moment. The decay is decoupled; `step` counts from 1 and corrects the bias."""
+    beta1, beta2 = optim.betas
+    first = beta1 * first + (1 - beta1) * grad
+    second = beta2 * second + (1 - beta2) * grad.square()
+    direction = first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + optim.eps)
+    return param - lr * decay * param - lr * direction, first, second
+
+
+@torch.no_grad()
+def update(
+    params: Params, grads: Params, slots: Sequence[Slots], state: AdamState, optim: OptimConfig, memory_optimizer: str
+) -> tuple[Tensor, Tensor]:
+    """Clips and applies the gradients, in place; returns the norms of the dense ones and of the table's, unclipped.
+
+    `adamw` updates the whole table. `row_adam` updates the rows that any token chose in this step, masked tokens too,
+    and changes neither the values nor the moments of the others; the bias correction counts all steps in both.
+    """
+    if memory_optimizer not in ("adamw", "row_adam"):
+        raise ValueError(f"memory_optimizer={memory_optimizer!r} is not known; use 'adamw' or 'row_adam'.")
+    state.step += 1
+    dense = {name: grad for name, grad in grads.items() if name != VALUES}
+    table = {name: grad for name, grad in grads.items() if name == VALUES}
+    dense_norm, table_norm = global_norm(dense), global_norm(table)
+    clipped = clip(dense, dense_norm, optim.clip_grad) | clip(table, table_norm, optim.memory_clip_grad)
+
+    for name, grad in clipped.items():
+        rows, lr, decay = slice(None), optim.lr, optim.weight_decay
+        if params[name].dim() == 1:
+            # As in megatron, norms and biases do not decay.
+            decay = 0.0
+        if name == VALUES:
+            lr, decay = optim.memory_lr, optim.memory_weight_decay
+            if memory_optimizer == "row_adam":
+                rows = torch.cat([slot.flatten() for batch in slots for slot in batch.values()]).unique()
+        first = state.first.setdefault(name, torch.zeros_like(grad))
+        second = state.second.setdefault(name, torch.zeros_like(grad))
+        updated = adamw(params[name], grad, first, second, lr, decay, optim, state.step)
+        for old, new in zip((params[name], first, second), updated, strict=True):
+            old[rows] = new[rows]
+    return dense_norm, table_norm
+
+
+def step(
+    params: Params,
+    state: AdamState,
+    batches: Sequence[Batch],
+    config: OracleConfig,
+    optim: OptimConfig,
+    memory_optimizer: str = "adamw",
+    replay: Sequence[Slots] | None = None,
+) -> dict:
+    """One training step on the global batch `batches`; changes params and state in place.
+
+    Returns:
+        loss, grad_norm, memory_grad_norm: floats, the norms before clipping; slots: for each micro-batch the slots of
+        each memory layer, which another run can take as `replay`.
+    """
+    total, grads, slots = gradients(params, batches, config, replay)
+    grad_norm, memory_grad_norm = update(params, grads, slots, state, optim, memory_optimizer)
+    norms = {"grad_norm": grad_norm.item(), "memory_grad_norm": memory_grad_norm.item()}
+    return {"loss": total.item(), **norms, "slots": slots}
