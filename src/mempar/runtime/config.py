@@ -192,7 +192,8 @@ class DataConfig:
         weights: share of each path in the mix; by default in proportion to their tokens.
         heldout_paths: prefixes that are only evaluated.
         tokenizer: `byte` (256 bytes and an end-of-document token).
-        cache: directory for built-in corpora and sample indices.
+        cache: directory for built-in corpora.
+        trigram_baseline: print the loss of trigram counts beside the held-out loss (small vocabularies).
     """
 
     corpus: str = ""
@@ -201,6 +202,7 @@ class DataConfig:
     heldout_paths: tuple[str, ...] = ()
     tokenizer: str = "byte"
     cache: str = "~/.cache/mempar"
+    trigram_baseline: bool = False
 
     def __post_init__(self) -> None:
         """Check that weights match paths."""
@@ -230,6 +232,11 @@ class RunConfig:
         if self.memory.enabled:
             self._check_memory()
         self._check_tensor_parallel()
+        if self.train.heldout_samples % self.train.global_batch_size:
+            raise ConfigError(
+                f"train.heldout_samples={self.train.heldout_samples} is not a multiple of train.global_batch_size="
+                f"{self.train.global_batch_size}; it is evaluated in whole batches; change one of them."
+            )
         layers_per_chunk = self.parallel.pp * self.parallel.vpp
         if self.model.num_layers % layers_per_chunk:
             raise ConfigError(

@@ -1,0 +1,60 @@
+"""The held-out loss, with two yardsticks beside it: trigram counts, and the model without its memory."""
+
+from pathlib import Path
+
+import numpy as np
+
+from mempar.runtime.bringup import World
+from mempar.runtime.config import RunConfig
+from mempar.runtime.data import Samples, micro_batches, vocab_size
+from mempar.runtime.model import Model
+from mempar.runtime.step import Stepper
+from mempar.runtime.trigram import fit
+
+
+class Heldout:
+    """A fixed set of held-out samples."""
+
+    def __init__(self, run: RunConfig, world: World, stepper: Stepper, model: Model) -> None:
+        self.run, self.world, self.stepper, self.model = run, world, stepper, model
+        self.samples = Samples(run, run.data.heldout_paths, (), run.train.seed)
+
+    def loss(self, *, memory: bool = True) -> float:
+        """Mean token loss; every rank must call it.
+
+        Args:
+            memory: False lets all lookups return zeros.
+        """
+        if not memory:
+            with self.model.memory_off():
+                return self.loss()
+        grid = self.world.placement.grid
+        size = self.run.train.global_batch_size
+        losses = [
+            self.stepper.evaluate(
+                micro_batches(
+                    self.samples,
+                    self.run,
+                    first,
+                    count=size,
+                    dp_rank=grid.dp_rank(self.world.rank),
+                    dp=grid.dp,
+                    device=self.world.device,
+                )
+            )
+            for first in range(0, self.run.train.heldout_samples, size)
+        ]
+        return sum(losses) / len(losses)
+
+    def trigram_loss(self) -> float:
+        """Loss of trigram counts over the training data on the very same windows, in nats a token."""
+        train = np.concatenate([_flat_tokens(path) for path in self.run.data.paths])
+        counts = fit(train, vocab_size(self.run))
+        windows = np.stack([self.samples[index] for index in range(self.run.train.heldout_samples)])
+        first, second, third = windows[:, :-2].ravel(), windows[:, 1:-1].ravel(), windows[:, 2:].ravel()
+        return float(-np.log(counts.probability(first, second, third)).mean())
+
+
+def _flat_tokens(path: str) -> np.ndarray:
+    # Vocabularies small enough for trigram counts are stored as uint16.
+    return np.fromfile(Path(path + ".bin"), dtype=np.uint16)

@@ -1,0 +1,59 @@
+"""layout.json: what every rank holds, so that a layout can be seen and its memory accounted for."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mempar.runtime import mcore
+from mempar.runtime.bringup import World
+from mempar.runtime.model import Model
+from mempar.runtime.optim import Optimizers
+
+
+def write_layout(path: Path, world: World, model: Model, optimizers: Optimizers) -> None:
+    """Gather every rank's holdings and write them; every rank must call it."""
+    rows: list[Any] = [None] * world.size
+    dist.all_gather_object(rows, _holdings(world, model, optimizers))
+    if not world.is_main:
+        return
+    placement = world.placement
+    grid = placement.grid
+    sizes = {name: getattr(grid, name) for name in ("world", "tp", "cp", "pp", "dp", "mp", "mp_rows", "mp_columns")}
+    report = {"sizes": sizes, "table_stages": grid.table_stages, "reason": placement.reason, "ranks": rows}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _holdings(world: World, model: Model, optimizers: Optimizers) -> dict[str, Any]:
+    grid, rank, state = world.placement.grid, world.rank, mcore.parallel_state
+    groups = {
+        "tensor": dist.get_process_group_ranks(state.get_tensor_model_parallel_group()),
+        "pipeline": dist.get_process_group_ranks(state.get_pipeline_model_parallel_group()),
+        "data": dist.get_process_group_ranks(state.get_data_parallel_group()),
+        "memory": next((ranks for ranks in grid.memory_groups() if rank in ranks), []),
+        "copies": next((ranks for ranks in grid.copy_groups() if rank in ranks), []),
+    }
+    blocks = [block.layer_number - 1 for chunk in model.chunks for block in chunk.decoder.layers]
+    dense_bytes = sum(param.numel() * param.element_size() for chunk in model.chunks for param in chunk.parameters())
+    row: dict[str, Any] = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "device": str(world.device),
+        "stage": grid.stage_of(rank),
+        "blocks": blocks,
+        "groups": groups,
+        "dense_bytes": dense_bytes,
+        "table": None,
+    }
+    if model.table is not None and optimizers.table is not None:
+        part, values = model.table.part, model.table.values
+        row["table"] = {
+            "rows": [part.row_start, part.row_end],
+            "columns": [part.column_start, part.column_end],
+            "shape": [part.num_slots, part.value_dim],
+            "bytes": values.numel() * values.element_size(),
+            "state_bytes": {name: t.numel() * t.element_size() for name, t in optimizers.table.state.items()},
+        }
+    return row

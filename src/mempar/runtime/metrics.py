@@ -1,0 +1,132 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard, a line on the terminal.
+
+Only the main rank writes. Numbers in metrics.jsonl keep full precision; a held-out loss is
+`heldout_loss`, never `loss`.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Dense bf16 peak of one device in TFLOP/s, from NVIDIA's data sheets (without sparsity).
+_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "GH200": 989.0}
+
+
+class MetricsLog:
+    """Writes the numbers of a run."""
+
+    def __init__(self, path: Path, *, first_step: int) -> None:
+        """Open the log of a run.
+
+        Args:
+            path: metrics.jsonl; rows of steps after `first_step` are cut off.
+            first_step: steps done so far.
+        """
+        # tensorboard's import costs a second: only the rank that writes pays it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = [row for row in read_rows(path) if row["step"] <= first_step] if path.exists() else []
+        # Rewritten aside, so that a crash here loses nothing.
+        fresh = path.with_suffix(".partial")
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        fresh.replace(path)
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(path.parent), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one object; it has a `step`."""
+        self._file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        self._board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line that a crash cut short is dropped."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Terminal:
+    """Progress for people: a bar where there is a terminal, and a line every few steps."""
+
+    def __init__(self, *, total_steps: int, first_step: int, interval: int) -> None:
+        self.console = Console(soft_wrap=True)
+        self.interval = interval
+        self.total_steps = total_steps
+        self._bar: Progress | None = None
+        if sys.stdout.isatty() and total_steps > first_step:
+            self._bar = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
+            )
+            self._task = self._bar.add_task("", total=total_steps, completed=first_step)
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, highlight=False)
+
+    def step(self, row: dict[str, Any], *, mfu: float | None, skipped: int) -> None:
+        """Show one step."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"])
+        if row["step"] % self.interval and row["step"] != self.total_steps:
+            return
+        parts = [
+            f"step {row['step']:>6}/{self.total_steps}",
+            f"loss {row['loss']:.4f}",
+            f"grad {row['grad_norm']:.3f}",
+        ]
+        if "memory_grad_norm" in row:
+            parts.append(f"memory grad {row['memory_grad_norm']:.4f}")
+        parts += [f"lr {row['lr']:.2e}", f"{_thousands(row['tokens_per_s'])} tokens/s"]
+        if mfu is not None:
+            parts.append(f"MFU {mfu:.1%}")
+        parts.append(f"{memory_bytes() / 2**30:.2f} GiB")
+        if skipped:
+            parts.append(f"skipped {skipped}")
+        self.say(" | ".join(parts))
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def memory_bytes() -> int:
+    """Bytes in use by this rank: peak device memory, or resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def peak_flops(configured_tflops: float) -> float | None:
+    """Peak FLOP/s of this rank's device, where known or configured."""
+    if configured_tflops:
+        return configured_tflops * 1e12
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        for device, tflops in _PEAK_TFLOPS.items():
+            if device in name:
+                return tflops * 1e12
+    return None
+
+
+def _thousands(number: float) -> str:
+    return f"{number / 1e3:.1f}k" if number < 1e6 else f"{number / 1e6:.2f}M"

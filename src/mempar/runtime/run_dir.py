@@ -1,0 +1,166 @@
+"""The directory of a run: what lies in it, and who may write to it.
+
+    config.yaml          the resolved run
+    layout.json          each rank's groups, its slice of the table, bytes allocated
+    metrics.jsonl        one object a step
+    checkpoints/         step_XXXXXXXX directories, whole or not at all
+    events.out.tfevents* TensorBoard
+
+Nothing here imports torch.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from mempar.errors import CheckpointError, ConfigError
+from mempar.runtime.config import RunConfig
+from mempar.runtime.overrides import load_yaml, to_yaml
+
+# What must be equal for a run to be the same run: the model, the numbers it is trained with, its data.
+_IDENTITY = {
+    "model": None,
+    "memory": None,
+    "optim": None,
+    "train": ("seed", "global_batch_size", "seq_length", "dtype"),
+    "data": ("corpus", "paths", "weights", "tokenizer"),
+}
+# What a checkpoint's tensors depend on.
+_SHAPES = {
+    "model": None,
+    "memory": (
+        "enabled",
+        "variant",
+        "layers",
+        "num_subkeys",
+        "heads",
+        "key_dim",
+        "value_dim",
+        "qk_norm",
+        "scalar_gate",
+    ),
+}
+
+
+class RunDir:
+    """Paths of one run's directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.layout = root / "layout.json"
+        self.metrics = root / "metrics.jsonl"
+        self.checkpoints = root / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Directory of the checkpoint after `step` steps."""
+        return self.checkpoints / f"step_{step:08d}"
+
+    def latest_checkpoint(self) -> Path | None:
+        """The checkpoint of the highest step; None when there is none."""
+        whole = [path for path in self.checkpoints.glob("step_????????") if (path / "meta.json").is_file()]
+        return max(whole, default=None)
+
+
+def open_new(root: Path, run: RunConfig) -> RunDir:
+    """Make the directory of a new run.
+
+    Raises:
+        ConfigError: when something else lies there.
+    """
+    directory = RunDir(root)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        what = "holds a run already" if directory.config.exists() else "exists and is not an empty directory"
+        raise ConfigError(
+            f"{root} {what}; a new run needs a directory of its own; continue that run with --resume, or choose "
+            "another --out."
+        )
+    _write_config(directory, run)
+    return directory
+
+
+def open_existing(root: Path, run: RunConfig) -> RunDir:
+    """Open a run's directory to continue it; an absent one is made.
+
+    Raises:
+        ConfigError: when it holds another run; the message names the settings that differ.
+    """
+    directory = RunDir(root)
+    if not directory.config.exists():
+        return open_new(root, run)
+    differing = _differences(load_yaml(directory.config), run, _IDENTITY)
+    if differing:
+        raise ConfigError(
+            f"{root} holds another run: {'; '.join(differing)}; --resume continues the same model, data and batch; "
+            "give the same settings, or start a new run in another --out."
+        )
+    _write_config(directory, run)
+    return directory
+
+
+def read_meta(checkpoint: Path, run: RunConfig) -> dict:
+    """Read a checkpoint's description and check that it is of this run's model.
+
+    Raises:
+        CheckpointError: when it is missing, unreadable, of another format or of another model.
+    """
+    try:
+        meta = json.loads((checkpoint / "meta.json").read_text())
+        saved = load_yaml(checkpoint / "config.yaml")
+        version = meta["format"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint: it has no meta.json or config.yaml; name a checkpoints/step_XXXXXXXX "
+            "directory of a run."
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint}/meta.json cannot be read ({error}); it is damaged; use another checkpoint."
+        ) from None
+    if version != 1:
+        raise CheckpointError(f"{checkpoint} has format {version}; this version reads format 1; use a newer mempar.")
+    differing = _differences(saved, run, _SHAPES)
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint} is of another model: {'; '.join(differing)}; its tensors have other shapes or meanings; "
+            "use a recipe with the checkpoint's settings."
+        )
+    if saved.parallel.distributed_optimizer != run.parallel.distributed_optimizer:
+        raise CheckpointError(
+            f"{checkpoint} was saved with parallel.distributed_optimizer={saved.parallel.distributed_optimizer}, this "
+            f"run sets {run.parallel.distributed_optimizer}; their optimizer states are laid out differently; set it "
+            "as it was."
+        )
+    if saved.train.dtype != run.train.dtype:
+        raise CheckpointError(
+            f"{checkpoint} was saved with train.dtype={saved.train.dtype}, this run sets {run.train.dtype}; "
+            "states are kept in other precisions; set it as it was."
+        )
+    return meta
+
+
+def describe_checkpoint(run: RunConfig, checkpoint: Path, meta: dict) -> None:
+    """Write what `read_meta` reads, last of all files."""
+    (checkpoint / "config.yaml").write_text(to_yaml(run))
+    (checkpoint / "meta.json").write_text(json.dumps({"format": 1, **meta}, indent=1) + "\n")
+
+
+def _write_config(directory: RunDir, run: RunConfig) -> None:
+    try:
+        directory.checkpoints.mkdir(parents=True, exist_ok=True)
+        directory.config.write_text(to_yaml(run))
+    except OSError as error:
+        raise ConfigError(
+            f"{directory.root} cannot be written ({error.strerror}); a run needs a writable directory; choose "
+            "another --out."
+        ) from None
+
+
+def _differences(saved: RunConfig, run: RunConfig, compared: dict[str, tuple[str, ...] | None]) -> list[str]:
+    differing = []
+    for section, names in compared.items():
+        before, now = getattr(saved, section), getattr(run, section)
+        for name in names or [setting.name for setting in dataclasses.fields(now)]:
+            if getattr(before, name) != getattr(now, name):
+                differing.append(f"{section}.{name} is {getattr(before, name)} there and {getattr(now, name)} here")
+    return differing

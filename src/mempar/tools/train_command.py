@@ -1,0 +1,108 @@
+"""`mempar train`: resolve a recipe, check everything that can be checked, and start the ranks."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mempar.errors import ConfigError
+from mempar.recipes import find_recipe
+from mempar.runtime.config import RunConfig
+from mempar.runtime.launch import check_run, launch_local
+from mempar.runtime.overrides import override
+from mempar.runtime.run_dir import RunDir, open_existing, open_new, read_meta
+
+CORPORA = ("stdlib",)
+
+
+def resolve(recipe: str, assignments: list[str], say: Callable[[str], None]) -> RunConfig:
+    """Return the run that a recipe and its overrides mean, with its data on disk."""
+    run = override(find_recipe(recipe), assignments)
+    if run.data.corpus and not run.data.paths:
+        run = _with_corpus(run, say)
+    _check_data(run)
+    return run
+
+
+def train(
+    recipe: str,
+    assignments: list[str],
+    *,
+    num_ranks: int | None,
+    out: Path | None,
+    resume: bool,
+    start_from: Path | None,
+    say: Callable[[str], None],
+) -> Path:
+    """Train a recipe on this machine.
+
+    Args:
+        recipe: name, YAML file or module:function.
+        assignments: `KEY=VALUE` overrides.
+        num_ranks: processes; None takes the fewest that the layout can run on.
+        out: the run's directory; None makes a fresh one under runs/.
+        resume: continue the run in `out`.
+        start_from: checkpoint to start a new run from.
+        say: prints a line.
+
+    Returns:
+        The run's directory.
+
+    Raises:
+        ConfigError: for bad input, before anything is written or started.
+    """
+    run = override(find_recipe(recipe), assignments)
+    ranks = num_ranks if num_ranks is not None else run.parallel.smallest_world
+    if ranks < 1:
+        raise ConfigError(f"--nproc {ranks} starts no rank; a run needs at least one; raise it.")
+    check_run(run, ranks)
+    run = resolve(recipe, assignments, say)
+    directory, load = _open(run, out=out, resume=resume, start_from=start_from)
+    say(f"run directory: {directory.root}")
+    launch_local(directory.root, ranks, load)
+    return directory.root
+
+
+def _open(run: RunConfig, *, out: Path | None, resume: bool, start_from: Path | None) -> tuple[RunDir, Path | None]:
+    if resume and start_from is not None:
+        raise ConfigError("--resume and --from exclude each other: one continues a run, the other starts a new one.")
+    if resume:
+        if out is None:
+            raise ConfigError("--resume needs --out DIR, the directory of the run to continue.")
+        directory = RunDir(out.resolve())
+        latest = directory.latest_checkpoint()
+        if latest is not None:
+            read_meta(latest, run)
+        return open_existing(out.resolve(), run), latest
+    if start_from is not None:
+        start_from = start_from.resolve()
+        read_meta(start_from, run)
+    root = out if out is not None else Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return open_new(root.resolve(), run), start_from
+
+
+def _with_corpus(run: RunConfig, say: Callable[[str], None]) -> RunConfig:
+    """Make a built-in corpus, or find it made, and fill in the paths."""
+    if run.data.corpus not in CORPORA:
+        raise ConfigError(
+            f"data.corpus={run.data.corpus} is not known; the built-in corpora are: {', '.join(CORPORA)}; "
+            "use one of these, or data.paths."
+        )
+    from mempar.tools.stdlib_corpus import build
+
+    corpus = build(Path(run.data.cache).expanduser() / run.data.corpus, say)
+    data = dataclasses.replace(run.data, paths=(str(corpus.train_prefix),), heldout_paths=(str(corpus.heldout_prefix),))
+    return dataclasses.replace(run, data=data)
+
+
+def _check_data(run: RunConfig) -> None:
+    # data.py imports torch; the check does not need it, but a run that gets here is about to.
+    from mempar.runtime.data import check_paths, vocab_size
+
+    check_paths(run)
+    vocab_size(run)
+    if run.train.heldout_samples and not run.data.heldout_paths:
+        raise ConfigError(
+            f"train.heldout_samples={run.train.heldout_samples} with no data.heldout_paths; a held-out loss needs "
+            "data of its own; name some, or set train.heldout_samples=0."
+        )
