@@ -15,6 +15,7 @@ Shapes are written in square brackets, outermost first: `[T, H, K] int64`. A sha
 quotient: `[S/R, D/W]`. `slot_index` counts rows of the whole table, `row_index` rows of one shard.
 """
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -35,7 +36,7 @@ def even_cuts(total: int, num_parts: int) -> list[int]:
 def part_sizes(total: int, num_parts: int) -> list[int]:
     """Return the sizes of the parts that `even_cuts` makes."""
     cuts = even_cuts(total, num_parts)
-    return [end - start for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(cuts)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ class CausalAttention(MegatronModule):
             key: `[s, b, groups/tp, width]`.
             value: `[s, b, groups/tp, width]`.
             attention_mask: must be None; the mask is causal.
+            kwargs: what else megatron passes to a core attention.
 
         Returns:
             `[s, b, heads/tp * width]`.

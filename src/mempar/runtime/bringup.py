@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,7 +97,7 @@ def lay_out(run: RunConfig) -> World:
         keep_wide_logits(mcore.VocabParallelCrossEntropy)
     groups, made = None, []
     if run.memory.enabled:
-        tensor_group = mcore.parallel_state.get_tensor_model_parallel_group() if sizes.tp > 1 else None
+        tensor_group: Any = mcore.parallel_state.get_tensor_model_parallel_group() if sizes.tp > 1 else None
         groups, made = make_memory_groups(placement.grid, rank, tensor_group)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return World(rank=rank, size=size, device=device, placement=placement, groups=groups, made_groups=made)

@@ -68,7 +68,7 @@ def load(path: Path, world: World, model: Model, optimizers: Optimizers, meta: d
         meta: the checkpoint's description, as read by `run_dir.read_meta`.
     """
     with _quiet():
-        state = mcore.dist_checkpointing.load(_sharded_state(world, model, optimizers, loading=True), str(path))
+        state: Any = mcore.dist_checkpointing.load(_sharded_state(world, model, optimizers, loading=True), str(path))
         for place, chunk in enumerate(model.chunks):
             chunk.load_state_dict(state[_chunk_name(model, place)], strict=False)
         optimizers.dense.load_state_dict(state["optimizer"])

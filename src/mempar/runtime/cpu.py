@@ -9,7 +9,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ class _Stream:
         return event or torch.cpu.Event()
 
 
-def install(megatron_random: ModuleType) -> bool:
+def install(megatron_random: Any) -> bool:
     """Apply the cure, once a process.
 
     Args:

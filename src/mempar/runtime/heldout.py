@@ -9,7 +9,7 @@ from mempar.runtime.config import RunConfig
 from mempar.runtime.data import Samples, micro_batches, vocab_size
 from mempar.runtime.model import Model
 from mempar.runtime.step import Stepper
-from mempar.runtime.trigram import fit
+from mempar.runtime.trigram import trigram_loss
 
 
 class Heldout:
@@ -49,10 +49,8 @@ class Heldout:
     def trigram_loss(self) -> float:
         """Loss of trigram counts over the training data on the very same windows, in nats a token."""
         train = np.concatenate([_flat_tokens(path) for path in self.run.data.paths])
-        counts = fit(train, vocab_size(self.run))
         windows = np.stack([self.samples[index] for index in range(self.run.train.heldout_samples)])
-        first, second, third = windows[:, :-2].ravel(), windows[:, 1:-1].ravel(), windows[:, 2:].ravel()
-        return float(-np.log(counts.probability(first, second, third)).mean())
+        return trigram_loss(train, windows, vocab_size(self.run))
 
 
 def _flat_tokens(path: str) -> np.ndarray:

@@ -164,7 +164,7 @@ def transformer_config(run: RunConfig) -> Any:
 def _block_specs(run: RunConfig, transformer: Any, access: TableAccess | None, vp_stage: int | None) -> Any:
     """Megatron's description of this chunk's blocks, memory blocks among them."""
     if mcore.HAS_TRANSFORMER_ENGINE:
-        dense = mcore.get_gpt_layer_with_transformer_engine_spec()
+        dense: Any = mcore.get_gpt_layer_with_transformer_engine_spec()
     else:
         dense = mcore.get_gpt_layer_local_spec(normalization="RMSNorm")
         dense.submodules.input_layernorm = RMSNorm
@@ -178,7 +178,8 @@ def _block_specs(run: RunConfig, transformer: Any, access: TableAccess | None, v
     first = mcore.get_transformer_layer_offset(transformer, vp_stage)
     count = mcore.get_num_layers_to_build(transformer, vp_stage)
     specs = [memory if block in chosen else dense for block in range(first, first + count)]
-    return mcore.TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+    norm: Any = RMSNorm
+    return mcore.TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 
 def _build_chunk(run: RunConfig, transformer: Any, access: TableAccess | None, vocab: int, vp_stage: int | None) -> Any:

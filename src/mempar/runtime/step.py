@@ -82,7 +82,8 @@ class Stepper:
     def _schedule(self, batches: list[Batch], *, forward_only: bool) -> tuple[Tensor, Tensor]:
         """Run the schedule; return this rank's sums of losses and tokens (zero off the last stage)."""
         cursors = [BatchCursor(batches) for _ in self.model.wrapped]
-        outputs = mcore.get_forward_backward_func()(
+        schedule: Any = mcore.get_forward_backward_func()
+        outputs = schedule(
             forward_step_func=self._forward,
             data_iterator=cursors if len(cursors) > 1 else cursors[0],
             model=self.model.wrapped,

@@ -73,15 +73,17 @@ def fit(train_tokens: np.ndarray, vocab_size: int) -> TrigramModel:
 def trigram_loss(train_tokens: np.ndarray, heldout_tokens: np.ndarray, vocab_size: int) -> float:
     """Return the mean negative log-likelihood, in nats per token, of `heldout_tokens` under a model of `train_tokens`.
 
-    The first two held-out tokens are context only. Takes a few seconds and about 0.5 GB for 15 million byte tokens.
+    The first two tokens of a held-out window are context only. Takes a few seconds and about 0.5 GB for 15 million byte tokens.
 
     Args:
-        train_tokens, heldout_tokens: flat arrays of at least 3 integers below `vocab_size`.
+        train_tokens: `[n]` integers below `vocab_size`, at least 3.
+        heldout_tokens: `[n]` or `[windows, n]`, likewise.
         vocab_size: number of different tokens; ValueError above `MAX_VOCAB_SIZE`.
     """
     model = fit(train_tokens, vocab_size)
-    _check_tokens("heldout_tokens", heldout_tokens, vocab_size)
-    probability = model.probability(heldout_tokens[:-2], heldout_tokens[1:-1], heldout_tokens[2:])
+    _check_tokens("heldout_tokens", heldout_tokens.ravel(), vocab_size)
+    first, second, third = heldout_tokens[..., :-2], heldout_tokens[..., 1:-1], heldout_tokens[..., 2:]
+    probability = model.probability(first.ravel(), second.ravel(), third.ravel())
     return float(-np.log(probability).mean())
 
 

@@ -29,69 +29,61 @@ def product_topk(query: Tensor, keys: Tensor, top_k: int, slot_index: Tensor | N
         `slot_index [T, H, K] int64` and the scores `[T, H, K]`, best first; differentiable in
         `query` and `keys`.
     """
-    if slot_index is None:
-        with torch.no_grad():
-            slot_index = select_slots(query, keys, top_k)
-    scores = _SelectedScores.apply(query, keys, slot_index)
-    return slot_index, scores
+    return _ProductTopk.apply(query, keys, top_k, slot_index)
 
 
-def half_scores(query: Tensor, keys: Tensor, half: int) -> Tensor:
-    """`[T, H, N]` scores of one half's sub-keys."""
-    return torch.einsum("thq,hnq->thn", query[:, :, half], keys[:, half])
+def half_scores(query: Tensor, keys: Tensor) -> Tensor:
+    """`[H, 2, T, N]` scores of all sub-keys of both halves."""
+    return query.permute(1, 2, 0, 3) @ keys.transpose(-1, -2)
 
 
-def select_slots(query: Tensor, keys: Tensor, top_k: int) -> Tensor:
-    """Return the `[T, H, K] int64` best slots, ordered by (score descending, slot ascending)."""
-    num_subkeys = keys.shape[2]
-    score1, index1 = stable_topk(half_scores(query, keys, 0), top_k)
-    score2, index2 = stable_topk(half_scores(query, keys, 1), top_k)
+def select_slots(scores: Tensor, top_k: int) -> Tensor:
+    """Return the `[T, H, K] int64` best slots, ordered by (score descending, slot ascending).
+
+    Args:
+        scores: `[H, 2, T, N]`, as `half_scores` returns them.
+        top_k: K, at most N.
+    """
+    num_subkeys = scores.shape[-1]
+    best, index = stable_topk(scores, top_k)
     # Both lists are sorted, so pair (a, b) is beaten by (a + 1)(b + 1) - 1 others: only pairs with
     # (a + 1)(b + 1) <= K can win. At K=32 that is 119 of 1024 candidates.
-    rank = torch.arange(1, top_k + 1, device=query.device)
+    rank = torch.arange(1, top_k + 1, device=scores.device)
     first, second = torch.nonzero(rank[:, None] * rank[None, :] <= top_k, as_tuple=True)
-    candidates = index1[..., first] * num_subkeys + index2[..., second]
-    _, chosen = stable_topk(score1[..., first] + score2[..., second], top_k, tie_key=candidates)
-    return candidates.gather(-1, chosen)
+    candidates = index[:, 0][..., first] * num_subkeys + index[:, 1][..., second]
+    _, chosen = stable_topk(best[:, 0][..., first] + best[:, 1][..., second], top_k, tie_key=candidates)
+    return candidates.gather(-1, chosen).transpose(0, 1).contiguous()
 
 
-class _SelectedScores(torch.autograd.Function):
-    """Scores of given slots, with gradients that touch the selected keys only."""
+class _ProductTopk(torch.autograd.Function):
+    """Slots and their scores, with gradients that touch the selected keys only."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, keys: Tensor, slot_index: Tensor) -> Tensor:
-        num_heads, _, num_subkeys, width = keys.shape
-        head_start = torch.arange(num_heads, device=keys.device)[:, None] * num_subkeys
-        ctx.save_for_backward(query, keys, slot_index)
-        scores = torch.zeros(slot_index.shape, dtype=query.dtype, device=query.device)
-        for half, index in enumerate(_halves(slot_index, num_subkeys)):
-            flat_keys = keys[:, half].reshape(num_heads * num_subkeys, width)
-            selected = flat_keys[(head_start + index).reshape(-1)].view(*index.shape, width)
-            scores += (selected @ query[:, :, half, :, None]).squeeze(-1)
-        return scores
+    def forward(ctx: Any, query: Tensor, keys: Tensor, top_k: int, slot_index: Tensor | None) -> tuple[Tensor, Tensor]:
+        scores = half_scores(query, keys)
+        if slot_index is None:
+            slot_index = select_slots(scores, top_k)
+        # [H, 2, T, K]: the sub-key of each half
+        halves = torch.stack((slot_index // keys.shape[2], slot_index % keys.shape[2])).permute(2, 0, 1, 3)
+        selected = scores.gather(-1, halves).sum(1).transpose(0, 1)
+        ctx.save_for_backward(query, keys, halves)
+        ctx.mark_non_differentiable(slot_index)
+        return slot_index, selected.contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        query, keys, slot_index = ctx.saved_tensors
-        num_tokens, num_heads, top_k = slot_index.shape
-        num_subkeys, width = keys.shape[2:]
-        head_start = torch.arange(num_heads, device=keys.device)[:, None] * num_subkeys
-        offsets = torch.arange(0, slot_index.numel() + 1, top_k, device=keys.device)
-        bag_index = torch.arange(num_tokens * num_heads, device=keys.device).repeat_interleave(top_k)
-        weight = grad.reshape(-1)
-        grad_query, grad_keys = torch.empty_like(query), torch.zeros_like(keys)
-        for half, index in enumerate(_halves(slot_index, num_subkeys)):
-            row_index = (head_start + index).reshape(-1)
-            flat_keys = keys[:, half].reshape(num_heads * num_subkeys, width)
-            grad_query[:, :, half] = weighted_gather(flat_keys, row_index, weight, offsets).view(
-                num_tokens, num_heads, width
-            )
-            flat_query = query[:, :, half].reshape(num_tokens * num_heads, width)
-            rows, sums = reduce_rows(row_index, weight, bag_index, flat_query)
-            grad_keys[rows // num_subkeys, half, rows % num_subkeys] = sums
-        return grad_query, grad_keys, None
-
-
-def _halves(slot_index: Tensor, num_subkeys: int) -> tuple[Tensor, Tensor]:
-    return slot_index // num_subkeys, slot_index % num_subkeys
+    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        query, keys, halves = ctx.saved_tensors
+        num_heads, _, num_subkeys, width = keys.shape
+        num_tokens, top_k = halves.shape[2:]
+        # Bags are the (token, head, half) rows of the queries, rows the (head, half, sub-key) rows of the keys.
+        num_bags = num_tokens * num_heads * 2
+        list_start = torch.arange(num_heads * 2, device=keys.device).view(num_heads, 2, 1, 1) * num_subkeys
+        row_index = (list_start + halves).permute(2, 0, 1, 3).reshape(-1).int()
+        weight = grad[:, :, None].expand(-1, -1, 2, -1).reshape(-1)
+        offsets = torch.arange(0, num_bags * top_k + 1, top_k, dtype=torch.int32, device=keys.device)
+        grad_query = weighted_gather(keys.reshape(-1, width), row_index, weight, offsets)
+        bag_index = torch.arange(num_bags, dtype=torch.int32, device=keys.device).repeat_interleave(top_k)
+        rows, sums = reduce_rows(row_index, weight, bag_index, query.reshape(-1, width))
+        grad_keys = torch.zeros_like(keys).view(-1, width).index_copy_(0, rows.long(), sums)
+        return grad_query.view_as(query), grad_keys.view_as(keys), None, None

@@ -1,5 +1,7 @@
 """The definition of `weighted_gather`, one line an output, for tests."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ def weighted_gather(values: Tensor, row_index: Tensor, weight: Tensor, offsets: 
     """`[B, D']` weighted sums; materialises the rows `[E, D']`."""
     rows = values[row_index.long()] * weight[:, None]
     bounds = offsets.tolist()
-    return torch.stack([rows[start:end].sum(0) for start, end in zip(bounds, bounds[1:], strict=False)])
+    return torch.stack([rows[start:end].sum(0) for start, end in itertools.pairwise(bounds)])
 
 
 def gather_scores(values: Tensor, row_index: Tensor, offsets: Tensor, grad: Tensor) -> Tensor:
