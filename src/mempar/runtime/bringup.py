@@ -60,6 +60,8 @@ def join_world(timeout_seconds: int = 600) -> None:
     if sys.platform == "linux" and os.environ.get("TORCHELASTIC_RUN_ID"):
         # A rank must not outlive its launcher.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # megatron counts on it to order a tensor-parallel reduction before the matmul that hides it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend = "gloo"
@@ -110,11 +112,6 @@ def check_engine(run: RunConfig) -> None:
             f"parallel.cp={run.parallel.cp} needs TransformerEngine's attention, which is not usable here; without it "
             "megatron's attention sees one context-parallel rank's tokens only; use parallel.cp=1, or a CUDA machine "
             "with transformer-engine."
-        )
-    if run.train.dtype == "float64" and run.parallel.distributed_optimizer:
-        raise ConfigError(
-            "train.dtype=float64 with parallel.distributed_optimizer=true: megatron's distributed optimizer keeps its "
-            "state in float32; use float32, or turn the distributed optimizer off."
         )
 
 

@@ -232,6 +232,11 @@ class RunConfig:
         if self.memory.enabled:
             self._check_memory()
         self._check_tensor_parallel()
+        if self.train.dtype == "float64" and self.parallel.distributed_optimizer:
+            raise ConfigError(
+                "train.dtype=float64 with parallel.distributed_optimizer=true: megatron's distributed optimizer keeps "
+                "its state in float32; use float32, or turn the distributed optimizer off."
+            )
         if self.train.heldout_samples % self.train.global_batch_size:
             raise ConfigError(
                 f"train.heldout_samples={self.train.heldout_samples} is not a multiple of train.global_batch_size="

@@ -27,7 +27,8 @@ class ByteTokenizer:
 
     vocab_size: int = BYTE_VOCAB
     eod: int = BYTE_VOCAB - 1
-    pad: int = BYTE_VOCAB - 1
+    # Documents are packed, never padded: a number that no token has.
+    pad: int = -1
 
     @property
     def unique_identifiers(self) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The held-out loss, with two yardsticks beside it: trigram counts, and the model without its memory."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ class Heldout:
         ]
         return sum(losses) / len(losses)
 
+    @functools.cached_property
     def trigram_loss(self) -> float:
         """Loss of trigram counts over the training data on the very same windows, in nats a token."""
         train = np.concatenate([_flat_tokens(path) for path in self.run.data.paths])

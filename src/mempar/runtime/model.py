@@ -157,7 +157,8 @@ def transformer_config(run: RunConfig) -> Any:
         # Interleaving over two stages is silently wrong without overlapped p2p, and plain 1F1B refuses it.
         overlap_p2p_comm=vpp is not None,
         batch_p2p_comm=vpp is None,
-        deterministic_mode=False,
+        # Its default says the same thing with a deprecation warning.
+        cuda_graph_scope=[],
     )
 
 

@@ -21,12 +21,18 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
         ConfigError: for an unknown key (near names are listed), a wrong type, or a value that the
             config's own checks refuse.
     """
+    merged = _open_schema(config)
     for assignment in assignments:
-        key, equals, _ = assignment.partition("=")
+        key, equals, value = assignment.partition("=")
         if not equals or not key:
             raise ConfigError(f"'{assignment}' is no override; write KEY=VALUE, e.g. train.steps=100.")
         _check_key(config, key)
-    return _merge(config, OmegaConf.from_dotlist(list(assignments)), "the overrides")
+        if key in _sections(config):
+            raise ConfigError(f"'{key}' is a section; an override sets one value; write {key}.NAME=VALUE.")
+        # An empty value is an empty text, not YAML's null.
+        given = OmegaConf.from_dotlist([assignment if value else f'{key}=""'])
+        merged = _merge(merged, given, f"'{assignment}'", config, key)
+    return _freeze(merged, config, "the overrides")
 
 
 def load_yaml(path: Path) -> RunConfig:
@@ -45,7 +51,7 @@ def load_yaml(path: Path) -> RunConfig:
         if isinstance(settings, DictConfig):
             for key in settings:
                 _check_key(default, f"{section}.{key}")
-    return _merge(default, given, str(path))
+    return _freeze(_merge(_open_schema(default), given, str(path), default), default, str(path))
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -65,9 +71,13 @@ def known_keys(config: RunConfig) -> list[str]:
     return keys
 
 
+def _sections(config: RunConfig) -> list[str]:
+    fields = dataclasses.fields(config)
+    return [field.name for field in fields if dataclasses.is_dataclass(getattr(config, field.name))]
+
+
 def _check_key(config: RunConfig, key: str) -> None:
-    keys = known_keys(config)
-    sections = {known.partition(".")[0] for known in keys}
+    keys, sections = known_keys(config), _sections(config)
     if key in keys or key in sections:
         return
     last = key.rpartition(".")[2]
@@ -77,33 +87,41 @@ def _check_key(config: RunConfig, key: str) -> None:
     raise ConfigError(f"'{key}' is not a setting; every key must be known; {hint}")
 
 
-def _merge(config: RunConfig, given: Any, source: str) -> RunConfig:
+def _open_schema(config: RunConfig) -> DictConfig:
+    """The config as OmegaConf sees it, writable: frozen dataclasses come out read-only."""
     schema = OmegaConf.structured(config)
-    for node in (schema, *(schema[key] for key in schema)):
-        # Frozen dataclasses come out read-only; the merged object is frozen again.
-        if isinstance(node, DictConfig):
-            OmegaConf.set_readonly(node, False)
+    for node in (schema, *(schema[section] for section in _sections(config))):
+        OmegaConf.set_readonly(node, False)
+    return schema
+
+
+def _merge(into: DictConfig, given: Any, source: str, config: RunConfig, key: str = "") -> DictConfig:
     try:
-        merged = OmegaConf.to_object(OmegaConf.merge(schema, given))
+        merged = OmegaConf.merge(into, given)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "a key"
-        kind = _expected_type(config, str(key))
-        raise ConfigError(
-            f"{key}: {_one_line(error)} ({source}); {key} must be {kind}; give a value of that type."
-        ) from None
-    assert isinstance(merged, RunConfig)
+        raise _type_error(error, source, config, key) from None
+    assert isinstance(merged, DictConfig)
     return merged
 
 
-def _expected_type(config: RunConfig, key: str) -> str:
+def _freeze(merged: DictConfig, config: RunConfig, source: str) -> RunConfig:
+    try:
+        frozen = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise _type_error(error, source, config, "") from None
+    assert isinstance(frozen, RunConfig)
+    return frozen
+
+
+def _type_error(error: OmegaConfBaseException, source: str, config: RunConfig, key: str) -> ConfigError:
+    key = key or str(getattr(error, "full_key", None) or "a setting")
     section, _, name = key.partition(".")
-    settings = getattr(config, section, None)
-    if dataclasses.is_dataclass(settings):
-        for setting in dataclasses.fields(settings):
-            if setting.name == name.partition("[")[0]:
-                kind = setting.type
-                return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-    return "a section of settings"
+    settings: Any = getattr(config, section, None)
+    kind: Any = "a section of settings"
+    if name and section in _sections(config):
+        kind = next(field.type for field in dataclasses.fields(settings) if field.name == name.partition("[")[0])
+    named = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+    return ConfigError(f"{source}: {key} must be {named}; give a value of that type.")
 
 
 def _one_line(error: Exception) -> str:

@@ -68,15 +68,20 @@ def open_new(root: Path, run: RunConfig) -> RunDir:
     Raises:
         ConfigError: when something else lies there.
     """
+    check_free(root)
     directory = RunDir(root)
+    _write_config(directory, run)
+    return directory
+
+
+def check_free(root: Path) -> None:
+    """Refuse a directory in which something lies already."""
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        what = "holds a run already" if directory.config.exists() else "exists and is not an empty directory"
+        what = "holds a run already" if RunDir(root).config.exists() else "exists and is not an empty directory"
         raise ConfigError(
             f"{root} {what}; a new run needs a directory of its own; continue that run with --resume, or choose "
             "another --out."
         )
-    _write_config(directory, run)
-    return directory
 
 
 def open_existing(root: Path, run: RunConfig) -> RunDir:

@@ -77,16 +77,17 @@ class Trainer:
         train = self.run.train
         self._announce()
         if self.progress.step < train.steps:
-            self._heldout("before training" if self.progress.step == 0 else "on resuming")
+            self._heldout(yardsticks=True)
         while self.progress.step < train.steps:
             self._step()
             step = self.progress.step
             last = step == train.steps
             if train.heldout_interval and step % train.heldout_interval == 0 and not last:
-                self._heldout(f"after {step} steps")
+                self._heldout()
             if (train.save_interval and step % train.save_interval == 0) or last:
                 self.save()
-        self._finish()
+        self._heldout(yardsticks=True)
+        self._close()
 
     def save(self) -> None:
         """Write a checkpoint of the present step and drop the oldest; every rank must call it."""
@@ -152,38 +153,26 @@ class Trainer:
         if self.progress.step >= self.run.train.steps:
             self._say(f"nothing to do: {self.progress.step} of {self.run.train.steps} steps are done")
 
-    def _heldout(self, when: str) -> float | None:
+    def _heldout(self, *, yardsticks: bool = False) -> None:
+        """Evaluate and say so; with the losses of trigram counts and without the memory beside it."""
         if self.heldout is None:
-            return None
-        loss = self.heldout.loss()
-        self._say(f"held-out loss {when}: {loss:.4f}")
+            return
+        losses = {"heldout_loss": self.heldout.loss()}
+        said = [f"this model {losses['heldout_loss']:.4f}"]
+        if yardsticks and self.run.memory.enabled:
+            losses["heldout_loss_memory_off"] = self.heldout.loss(memory=False)
+            said.append(f"its memory switched off {losses['heldout_loss_memory_off']:.4f}")
+        if yardsticks and self.run.data.trigram_baseline and self.world.is_main:
+            losses["heldout_loss_trigram"] = self.heldout.trigram_loss
+            said.append(f"trigram counts {losses['heldout_loss_trigram']:.4f}")
+        self._say(f"held-out loss after {self.progress.step} steps: {', '.join(said)}")
         if self.log is not None:
-            self.log.write({"step": self.progress.step, "heldout_loss": loss})
-        return loss
+            self.log.write({"step": self.progress.step, **losses})
 
-    def _finish(self) -> None:
-        """Evaluate a last time, with the yardsticks beside it."""
-        if self.heldout is not None:
-            result = {"step": self.progress.step, "heldout_loss": self.heldout.loss()}
-            if self.run.memory.enabled:
-                result["heldout_loss_memory_off"] = self.heldout.loss(memory=False)
-            if self.world.is_main and self.run.data.trigram_baseline:
-                result["heldout_loss_trigram"] = self.heldout.trigram_loss()
-            self._say_heldout(result)
-            if self.log is not None:
-                self.log.write(result)
+    def _close(self) -> None:
         if self.log is not None and self.terminal is not None:
             self.log.close()
             self.terminal.close()
-
-    def _say_heldout(self, result: dict[str, Any]) -> None:
-        names = {
-            "heldout_loss": "this model",
-            "heldout_loss_memory_off": "its memory switched off",
-            "heldout_loss_trigram": "trigram counts",
-        }
-        parts = [f"{names[name]} {value:.4f}" for name, value in result.items() if name in names]
-        self._say(f"held-out loss after {result['step']} steps: {', '.join(parts)}")
 
     def _say(self, text: str) -> None:
         if self.terminal is not None:

@@ -73,7 +73,8 @@ def fit(train_tokens: np.ndarray, vocab_size: int) -> TrigramModel:
 def trigram_loss(train_tokens: np.ndarray, heldout_tokens: np.ndarray, vocab_size: int) -> float:
     """Return the mean negative log-likelihood, in nats per token, of `heldout_tokens` under a model of `train_tokens`.
 
-    The first two tokens of a held-out window are context only. Takes a few seconds and about 0.5 GB for 15 million byte tokens.
+    The first two tokens of a held-out window are context only. Takes a few seconds and about
+    0.5 GB for 15 million byte tokens.
 
     Args:
         train_tokens: `[n]` integers below `vocab_size`, at least 3.

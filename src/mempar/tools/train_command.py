@@ -10,18 +10,9 @@ from mempar.recipes import find_recipe
 from mempar.runtime.config import RunConfig
 from mempar.runtime.launch import check_run, launch_local
 from mempar.runtime.overrides import override
-from mempar.runtime.run_dir import RunDir, open_existing, open_new, read_meta
+from mempar.runtime.run_dir import RunDir, check_free, open_existing, open_new, read_meta
 
 CORPORA = ("stdlib",)
-
-
-def resolve(recipe: str, assignments: list[str], say: Callable[[str], None]) -> RunConfig:
-    """Return the run that a recipe and its overrides mean, with its data on disk."""
-    run = override(find_recipe(recipe), assignments)
-    if run.data.corpus and not run.data.paths:
-        run = _with_corpus(run, say)
-    _check_data(run)
-    return run
 
 
 def train(
@@ -56,29 +47,29 @@ def train(
     if ranks < 1:
         raise ConfigError(f"--nproc {ranks} starts no rank; a run needs at least one; raise it.")
     check_run(run, ranks)
-    run = resolve(recipe, assignments, say)
-    directory, load = _open(run, out=out, resume=resume, start_from=start_from)
-    say(f"run directory: {directory.root}")
-    launch_local(directory.root, ranks, load)
-    return directory.root
-
-
-def _open(run: RunConfig, *, out: Path | None, resume: bool, start_from: Path | None) -> tuple[RunDir, Path | None]:
     if resume and start_from is not None:
         raise ConfigError("--resume and --from exclude each other: one continues a run, the other starts a new one.")
-    if resume:
-        if out is None:
-            raise ConfigError("--resume needs --out DIR, the directory of the run to continue.")
-        directory = RunDir(out.resolve())
-        latest = directory.latest_checkpoint()
-        if latest is not None:
-            read_meta(latest, run)
-        return open_existing(out.resolve(), run), latest
-    if start_from is not None:
-        start_from = start_from.resolve()
-        read_meta(start_from, run)
-    root = out if out is not None else Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return open_new(root.resolve(), run), start_from
+    if resume and out is None:
+        raise ConfigError("--resume needs --out DIR, the directory of the run to continue.")
+    root = (out or Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    load = RunDir(root).latest_checkpoint() if resume else start_from and start_from.resolve()
+    if not resume:
+        check_free(root)
+    if load is not None:
+        read_meta(load, run)
+    run = with_data(run, say)
+    directory = open_existing(root, run) if resume else open_new(root, run)
+    say(f"run directory: {root}")
+    launch_local(directory.root, ranks, load)
+    return root
+
+
+def with_data(run: RunConfig, say: Callable[[str], None]) -> RunConfig:
+    """Return the run with its data on disk: a built-in corpus is made, or found made, for it."""
+    if run.data.corpus and not run.data.paths:
+        run = _with_corpus(run, say)
+    _check_data(run)
+    return run
 
 
 def _with_corpus(run: RunConfig, say: Callable[[str], None]) -> RunConfig:
