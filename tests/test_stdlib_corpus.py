@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import types
 import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets import indexed_dataset
 
 from mempar.errors import ConfigError
+from mempar.runtime.mcore import IndexedDataset
 from mempar.tools import stdlib_corpus
 
 # All byte values, a text that is long, and one (named as held out) that training has too.
@@ -36,14 +35,11 @@ def _some_documents() -> Iterator[tuple[str, bytes]]:
 @pytest.fixture
 def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the documents by a few hundred kilobytes."""
-    # What the module imports of Megatron, without the optimizers that mcore brings along.
-    mcore = types.SimpleNamespace(IndexedDatasetBuilder=indexed_dataset.IndexedDatasetBuilder)
-    monkeypatch.setitem(sys.modules, "mempar.runtime.mcore", mcore)
     monkeypatch.setattr(stdlib_corpus, "documents", _some_documents)
 
 
 def _read(prefix: Path) -> list[np.ndarray]:
-    dataset = indexed_dataset.IndexedDataset(str(prefix))
+    dataset = IndexedDataset(str(prefix))
     # Copies: the dataset unmaps its file when it goes, and reading a view of it after that is a segmentation fault.
     return [tokens.copy() for tokens in dataset[:]]
 

@@ -1,7 +1,7 @@
 """The smoke recipe: a small byte-level model with Memory+ on text that every machine has.
 
 It trains in three minutes on two cores, beats trigram counts, and divides over many layouts: 24
-micro-batches, eight blocks in two or four virtual stages, heads and widths for tp=2.
+micro-batches, four blocks for two stages of two virtual ones, heads and widths for tp=2.
 """
 
 from mempar.memory.config import MemoryConfig
@@ -13,27 +13,28 @@ def smoke() -> RunConfig:
     return RunConfig(
         name="smoke",
         model=ModelConfig(
-            num_layers=8,
-            hidden_size=128,
+            num_layers=4,
+            hidden_size=256,
             num_attention_heads=4,
             num_query_groups=2,
-            ffn_hidden_size=384,
+            ffn_hidden_size=768,
+            init_std=0.05,
         ),
         memory=MemoryConfig(
             variant="memory_plus",
-            layers=(2, 4, 6),
-            num_subkeys=256,
+            layers=(1, 2, 3),
+            num_subkeys=128,
             heads=4,
-            top_k=16,
+            top_k=8,
             key_dim=64,
             column_tile=16,
             optimizer="row_adam",
             lr=1e-2,
             weight_decay=0.0,
         ),
-        optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=20, schedule="cosine", weight_decay=0.1, clip_grad=1.0),
+        optim=OptimConfig(lr=6e-3, min_lr=3e-4, warmup_steps=20, schedule="cosine", weight_decay=0.1, clip_grad=1.0),
         train=TrainConfig(
-            steps=200,
+            steps=300,
             seed=1,
             global_batch_size=24,
             micro_batch_size=1,

@@ -46,7 +46,7 @@ def save(path: Path, run: RunConfig, world: World, model: Model, optimizers: Opt
         mcore.dist_checkpointing.save(
             _sharded_state(world, model, optimizers, loading=False),
             str(partial),
-            # One writer a rank: more would be forked processes.
+            # One file a rank.
             sharded_strategy=mcore.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
         )
     if world.is_main:

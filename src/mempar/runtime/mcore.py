@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import warnings
 
-from mempar.runtime import cpu
+from mempar.runtime import cpu, writer
 
 with warnings.catch_warnings():
     # Import-time notices about optional packages; what matters of them, doctor says.
@@ -19,6 +19,7 @@ with warnings.catch_warnings():
     from megatron.core.datasets.utils import Split
     from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedTensor
     from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -41,6 +42,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 logging.getLogger("megatron").setLevel(logging.ERROR)
+writer.write_in_process(filesystem_async)
 RUNS_ON_CPU = cpu.install(tensor_parallel.random)
 if RUNS_ON_CPU:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer

@@ -1,0 +1,38 @@
+"""Fixtures of the whole session: the pool of ranks, and the figures that tests want to be seen."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from rank_pool import RankPool
+
+FIGURES = pytest.StashKey[dict[str, float]]()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Ranks that stay warm for the session; see rank_pool.py."""
+    pool = RankPool()
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def note_figure(pytestconfig: pytest.Config) -> Callable[[str, float], None]:
+    """Note a number; the largest of each name is printed at the end of the session."""
+    figures = pytestconfig.stash.setdefault(FIGURES, {})
+
+    def note(name: str, value: float) -> None:
+        figures[name] = max(value, figures.get(name, value))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the figures."""
+    figures = config.stash.get(FIGURES, {})
+    if figures:
+        terminalreporter.section("largest deviations")
+        for name, value in sorted(figures.items()):
+            terminalreporter.write_line(f"{name}: {value:.3g}")

@@ -1,0 +1,109 @@
+"""The command line as its users meet it: help, bad input (one message, status 2), a run of one and of two ranks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mempar import cli
+
+TINY = [
+    "model.num_layers=4", "model.hidden_size=32", "model.ffn_hidden_size=64", "memory.layers=[1,3]",
+    "memory.num_subkeys=16", "memory.key_dim=16", "memory.top_k=4", "memory.column_tile=8", "train.seq_length=16",
+    "train.heldout_samples=24", "train.steps=2", "data.trigram_baseline=false",
+]  # fmt: skip
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["mempar", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "smok"], "did you mean smoke"),
+        (["train", "smoke", "train.stps=3"], "did you mean train.steps"),
+        (["train", "smoke", "train.steps=many"], "train.steps must be int"),
+        (["train", "smoke", "memory.layers=[a]"], "memory.layers must be"),
+        (["train", "smoke", "train=3"], "is a section"),
+        (["train", "smoke", "train.steps"], "write KEY=VALUE"),
+        (["train", "smoke", "--nproc", "0"], "starts no rank"),
+        (["train", "smoke", "parallel.mp=5", "--nproc", "3"], "tp*cp*dp = 1*1*3 = 3"),
+        (["train", "smoke", "parallel.tp=3"], "does not divide model.num_attention_heads=4"),
+        (["train", "smoke", "parallel.cp=2"], "needs TransformerEngine"),
+        (["train", "smoke", "data.corpus=", "data.paths=[/nowhere/x]"], "/nowhere/x.bin does not exist"),
+        (["train", "smoke", "data.corpus=wiki"], "built-in corpora are: stdlib"),
+        (["train", "smoke", "data.corpus="], "mempar prepare"),
+        (["train", "smoke", "--resume"], "--resume needs --out"),
+        (["train", "smoke", "--from", "/nowhere"], "is no checkpoint"),
+        (["train", "/nowhere.yaml"], "does not exist"),
+        (["train", "nowhere:recipe"], "cannot be imported"),
+        (["recipes", "smok"], "did you mean smoke"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_gets_one_message_and_status_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, *arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("mempar: ") and said.count("\n") == 1 and "Traceback" not in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_occupied_directory_is_refused_and_untouched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text("name: other\n")
+    assert run_main(monkeypatch, "train", "smoke", "--out", str(tmp_path)) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == "name: other\n"
+
+
+def test_recipes_lists_and_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["mempar", "recipes", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    rows = json.loads(capsys.readouterr().out)
+    keys = {"name", "total_params", "active_params", "memory_params", "flops_per_token", "gpus"}
+    assert all(keys <= row.keys() for row in rows)
+    monkeypatch.setattr(sys, "argv", ["mempar", "recipes", "smoke"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "variant: memory_plus" in capsys.readouterr().out
+
+
+def mempar(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("mempar")
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_two_ranks_train_resume_and_refuse_like_one(tmp_path: Path) -> None:
+    cache = f"data.cache={tmp_path}/cache"
+    one = mempar("train", "smoke", *TINY, cache, "--out", f"{tmp_path}/one")
+    assert one.returncode == 0, one.stderr
+    two = mempar("train", "smoke", *TINY, cache, "parallel.mp=2", "--out", f"{tmp_path}/two")
+    assert two.returncode == 0, two.stderr
+    assert "held-out loss after 0 steps: this model" in two.stdout and "memory switched off" in two.stdout
+    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("one", "two")]
+    for single, pair in zip(*rows, strict=True):
+        key = "loss" if "loss" in single else "heldout_loss"
+        assert pair[key] == pytest.approx(single[key], rel=1e-5)
+    layout = json.loads((tmp_path / "two" / "layout.json").read_text())
+    assert [rank["groups"]["memory"] for rank in layout["ranks"]] == [[0, 1], [0, 1]]
+    branch = ["--from", f"{tmp_path}/two/checkpoints/step_00000002", "--out", f"{tmp_path}/branch"]
+    again = mempar("train", "smoke", *TINY, cache, "train.steps=3", *branch)
+    assert again.returncode == 0, again.stderr
+    assert [json.loads(line)["step"] for line in (tmp_path / "branch" / "metrics.jsonl").open()] == [2, 3, 3]

@@ -1,0 +1,263 @@
+"""Whole runs through the trainer: resuming, run directories, layout.json, held-out loss (laws 5 and 7)."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mempar.errors import CheckpointError, ConfigError
+from mempar.memory.config import MemoryConfig
+from mempar.runtime import bringup
+from mempar.runtime.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from mempar.runtime.mcore import IndexedDatasetBuilder
+from mempar.runtime.metrics import read_rows
+from mempar.runtime.overrides import load_yaml
+from mempar.runtime.run_dir import RunDir, open_existing, open_new, read_meta
+from mempar.runtime.train import Trainer
+from rank_pool import RankPool
+
+LAYOUTS: dict[str, dict[str, int | bool]] = {
+    "single": {},
+    "tp2-mp4-rows": {"tp": 2, "mp": 4, "mp_rows": 4},
+    "tp2-sp": {"tp": 2, "sequence_parallel": True},
+    "pp2-mp2-columns": {"pp": 2, "mp": 2, "mp_rows": 1},
+    "mp3-rows": {"mp": 3, "mp_rows": 3},
+    "mp4-grid": {"mp": 4, "mp_rows": 2},
+    "pp2-vpp2": {"pp": 2, "vpp": 2},
+}
+
+
+def toy(paths: tuple[str, ...], *, dtype: str = "float64", optimizer: str = "row_adam", **parallel: Any) -> RunConfig:
+    return RunConfig(
+        name="toy",
+        model=ModelConfig(
+            num_layers=4,
+            hidden_size=24,
+            num_attention_heads=4,
+            num_query_groups=2,
+            ffn_hidden_size=32,
+            vocab_multiple=8,
+        ),
+        memory=MemoryConfig(
+            layers=(1, 2, 3), num_subkeys=9, heads=2, top_k=3, key_dim=8, column_tile=8, optimizer=optimizer
+        ),
+        parallel=ParallelConfig(**parallel),
+        optim=OptimConfig(lr=2e-3, warmup_steps=2, schedule="constant"),
+        train=TrainConfig(
+            steps=5,
+            global_batch_size=12,
+            seq_length=12,
+            dtype=dtype,
+            save_interval=3,
+            heldout_samples=12,
+            log_interval=100,
+        ),
+        data=DataConfig(paths=paths, heldout_paths=paths),
+    )
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """A small data set of bytes."""
+    prefix = str(tmp_path_factory.mktemp("data") / "bytes")
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
+    numbers = np.random.default_rng(5)
+    for _ in range(12):
+        builder.add_item(torch.from_numpy(numbers.integers(0, 64, 90)))
+        builder.end_document()
+    builder.finalize(prefix + ".idx")
+    return (prefix,)
+
+
+def run_on_rank(directory: str, load: str | None) -> None:
+    """Train the run that lies in a directory, on this rank of the pool."""
+    paths = RunDir(Path(directory))
+    run = load_yaml(paths.config)
+    world = bringup.lay_out(run)
+    Trainer(run, world, paths, Path(load) if load else None).train()
+    bringup.tear_down(world)
+
+
+def train(pool: RankPool, run: RunConfig, root: Path, *, ranks: int | None = None, resume: bool = False) -> list[dict]:
+    """Train as the command line would; returns the rows of metrics.jsonl that have a loss."""
+    directory = open_existing(root, run) if resume else open_new(root, run)
+    load = directory.latest_checkpoint() if resume else None
+    pool.run(ranks or run.parallel.smallest_world, run_on_rank, str(root), str(load) if load else None)
+    return [row for row in read_rows(directory.metrics) if "loss" in row]
+
+
+def until(run: RunConfig, steps: int) -> RunConfig:
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, steps=steps))
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "optimizer", "ranks"),
+    [
+        ({}, "float32", "row_adam", 1),
+        ({}, "bf16", "adamw", 2),
+        ({"tp": 2, "mp": 4, "mp_rows": 4}, "float32", "row_adam", 4),
+        ({"distributed_optimizer": True, "mp": 2, "mp_rows": 1}, "float32", "adamw", 2),
+        ({"distributed_optimizer": True, "tp": 2}, "bf16", "row_adam", 4),
+        ({"pp": 2, "vpp": 2}, "float32", "row_adam", 2),
+    ],
+    ids=lambda value: "-".join(value) or "single" if isinstance(value, dict) else str(value),
+)
+def test_resume_in_the_same_layout_is_bit_for_bit_the_uninterrupted_run(
+    pool: RankPool,
+    paths: tuple[str, ...],
+    tmp_path: Path,
+    layout: dict[str, Any],
+    dtype: str,
+    optimizer: str,
+    ranks: int,
+) -> None:
+    run = toy(paths, dtype=dtype, optimizer=optimizer, **layout)
+    whole = train(pool, run, tmp_path / "whole", ranks=ranks)
+    train(pool, until(run, 3), tmp_path / "parts", ranks=ranks)
+    parts = train(pool, run, tmp_path / "parts", ranks=ranks, resume=True)
+    assert [row["step"] for row in parts] == [1, 2, 3, 4, 5]
+    for before, after in zip(whole, parts, strict=True):
+        for name in ("loss", "grad_norm", "memory_grad_norm", "lr", "tokens"):
+            assert before[name] == after[name], f"{name} of step {before['step']}"
+
+
+@pytest.mark.parametrize(
+    ("saved_in", "resumed_in"),
+    [
+        ("single", "tp2-mp4-rows"),
+        ("tp2-mp4-rows", "pp2-mp2-columns"),
+        ("pp2-mp2-columns", "mp3-rows"),
+        ("mp3-rows", "mp4-grid"),
+        ("mp4-grid", "pp2-vpp2"),
+        ("pp2-vpp2", "tp2-sp"),
+        ("tp2-sp", "single"),
+    ],
+)
+def test_resume_in_another_layout_keeps_the_layout_law(
+    pool: RankPool, paths: tuple[str, ...], tmp_path: Path, saved_in: str, resumed_in: str
+) -> None:
+    optimizer = "adamw" if saved_in == "mp3-rows" else "row_adam"
+    whole = train(pool, toy(paths, optimizer=optimizer), tmp_path / "whole")
+    train(pool, until(toy(paths, optimizer=optimizer, **LAYOUTS[saved_in]), 3), tmp_path / "parts")
+    parts = train(pool, toy(paths, optimizer=optimizer, **LAYOUTS[resumed_in]), tmp_path / "parts", resume=True)
+    for before, after in zip(whole, parts, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-9)
+        assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-6)
+        assert after["memory_grad_norm"] == pytest.approx(before["memory_grad_norm"], rel=1e-6)
+
+
+def test_resume_of_the_distributed_optimizer_on_other_ranks_keeps_the_layout_law(
+    pool: RankPool, paths: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = toy(paths, dtype="float32", distributed_optimizer=True)
+    whole = train(pool, run, tmp_path / "whole", ranks=2)
+    train(pool, until(run, 3), tmp_path / "parts", ranks=2)
+    resumed = toy(paths, dtype="float32", distributed_optimizer=True, tp=2)
+    parts = train(pool, resumed, tmp_path / "parts", ranks=4, resume=True)
+    # One step from a common state: the float32 form of the law.
+    assert parts[3]["loss"] == pytest.approx(whole[3]["loss"], rel=1e-6)
+    assert parts[3]["grad_norm"] == pytest.approx(whole[3]["grad_norm"], rel=1e-5)
+
+
+def test_layout_json_shows_disjoint_slices_that_cover_the_table(
+    pool: RankPool, paths: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = until(toy(paths, mp=6, mp_rows=2), 1)
+    train(pool, run, tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "layout.json").read_text())
+    covered = np.zeros((81, 24), dtype=int)
+    for row in report["ranks"]:
+        table = row["table"]
+        covered[slice(*table["rows"]), slice(*table["columns"])] += 1
+        height, width = table["rows"][1] - table["rows"][0], table["columns"][1] - table["columns"][0]
+        assert table["bytes"] == height * width * 8
+        assert table["bytes"] == pytest.approx(81 * 24 * 8 / 6, rel=0.02)
+        assert set(table["state_bytes"].values()) == {table["bytes"]}
+        assert row["groups"]["memory"] == [0, 1, 2, 3, 4, 5]
+    assert (covered == 1).all()
+
+
+def test_run_directory_holds_what_design_says(pool: RankPool, paths: tuple[str, ...], tmp_path: Path) -> None:
+    run = dataclasses.replace(
+        toy(paths), train=dataclasses.replace(toy(paths).train, save_interval=1, keep_checkpoints=2)
+    )
+    train(pool, run, tmp_path / "run")
+    directory = RunDir(tmp_path / "run")
+    assert load_yaml(directory.config) == run
+    assert sorted(path.name for path in directory.checkpoints.iterdir()) == ["step_00000004", "step_00000005"]
+    rows = read_rows(directory.metrics)
+    needed = {"step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_s"}
+    assert all(needed <= row.keys() for row in rows if "loss" in row)
+    assert any(path.name.startswith("events.out.tfevents") for path in directory.root.iterdir())
+    heldout = [row for row in rows if "heldout_loss" in row]
+    assert [row["step"] for row in heldout] == [0, 5]
+    assert heldout[1]["heldout_loss"] < heldout[0]["heldout_loss"]
+    assert heldout[1]["heldout_loss_memory_off"] != heldout[1]["heldout_loss"]
+    assert "loss" not in heldout[0]
+
+
+def test_metrics_are_cut_back_to_the_resumed_step(pool: RankPool, paths: tuple[str, ...], tmp_path: Path) -> None:
+    run = toy(paths)
+    train(pool, until(run, 3), tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
+        # A run that went on for two steps after its last checkpoint, and died while writing.
+        log.write('{"step": 4, "loss": 1.0}\n{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    rows = train(pool, run, tmp_path / "run", resume=True)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[3]["loss"] > 2.0
+
+
+def test_resume_of_a_finished_run_changes_nothing(pool: RankPool, paths: tuple[str, ...], tmp_path: Path) -> None:
+    run = until(toy(paths), 2)
+    before = train(pool, run, tmp_path / "run")
+    assert train(pool, run, tmp_path / "run", resume=True) == before
+
+
+def test_other_runs_and_other_models_are_refused(pool: RankPool, paths: tuple[str, ...], tmp_path: Path) -> None:
+    run = until(toy(paths), 1)
+    train(pool, run, tmp_path / "run")
+    checkpoint = RunDir(tmp_path / "run").latest_checkpoint()
+    assert checkpoint is not None
+    with pytest.raises(ConfigError, match="holds a run already"):
+        open_new(tmp_path / "run", run)
+    reseeded = dataclasses.replace(run, train=dataclasses.replace(run.train, seed=2))
+    with pytest.raises(ConfigError, match=r"another run: train.seed is 1 there and 2 here"):
+        open_existing(tmp_path / "run", reseeded)
+    wider = dataclasses.replace(run, model=dataclasses.replace(run.model, ffn_hidden_size=64))
+    with pytest.raises(CheckpointError, match=r"model.ffn_hidden_size is 32 there and 64 here"):
+        read_meta(checkpoint, wider)
+    distributed = toy(paths, dtype="float32", distributed_optimizer=True)
+    with pytest.raises(CheckpointError, match="distributed_optimizer=False"):
+        read_meta(checkpoint, distributed)
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        read_meta(tmp_path, run)
+    (checkpoint / "meta.json").write_text('{"format": 1')
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_meta(checkpoint, run)
+
+
+def spoil_and_step(yaml: str) -> list[Any]:
+    """Train a step whose gradient is not finite on one rank; returns what changed and what was reported."""
+    run = load_yaml(Path(yaml))
+    world = bringup.lay_out(run)
+    trainer = Trainer(run, world, RunDir(Path(yaml).parent), None)
+    assert trainer.model.table is not None
+    before = trainer.model.table.values.clone()
+    if world.rank == 1:
+        take = trainer.model.table.take_gradient
+        trainer.model.table.take_gradient = lambda: (lambda rows, grad: (rows, grad * float("nan")))(*take())  # type: ignore[method-assign]
+    trainer._step()
+    unchanged = torch.equal(before, trainer.model.table.values)
+    bringup.tear_down(world)
+    return [unchanged, trainer.progress.skipped, trainer.progress.step]
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    pool: RankPool, paths: tuple[str, ...], tmp_path: Path
+) -> None:
+    directory = open_new(tmp_path / "run", toy(paths, mp=2))
+    assert pool.run(2, spoil_and_step, str(directory.config)) == [[True, 1, 1], [True, 1, 1]]
