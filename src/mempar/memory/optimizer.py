@@ -84,10 +84,11 @@ class TableAdam:
         for first in range(0, len(rows), self._rows_at_once):
             block = slice(first, first + self._rows_at_once)
             index, part = rows[block], grad[block]
-            exp_avg, exp_avg_sq = self.state["exp_avg"][index], self.state["exp_avg_sq"][index]
+            exp_avg = self.state["exp_avg"].index_select(0, index)
+            exp_avg_sq = self.state["exp_avg_sq"].index_select(0, index)
             exp_avg.lerp_(part, 1.0 - self.settings.beta1)
             exp_avg_sq.mul_(self.settings.beta2).addcmul_(part, part, value=1.0 - self.settings.beta2)
-            weight = weights[index]
+            weight = weights.index_select(0, index)
             self._adam(weight, exp_avg, exp_avg_sq, lr)
             self.state["exp_avg"].index_copy_(0, index, exp_avg)
             self.state["exp_avg_sq"].index_copy_(0, index, exp_avg_sq)

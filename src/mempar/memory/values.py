@@ -63,12 +63,14 @@ class ValueShard:
         """Reduce all records by row and forget them.
 
         Returns:
-            `rows [U] int32`, ascending, and their gradients `[U, D_j]`; empty when nothing was read.
+            `rows [U] int32`, ascending, and their gradients `[U, D_j]`, in float32 at least; empty when
+            nothing was read.
         """
         records, self._records = self._records, []
+        wide = torch.promote_types(self.values.dtype, torch.float32)
         if not records:
-            device = self.values.device
-            return torch.zeros(0, dtype=torch.int32, device=device), self.values.new_zeros(0, self.part.num_columns)
+            none = torch.zeros(0, dtype=torch.int32, device=self.values.device)
+            return none, self.values.new_zeros(0, self.part.num_columns, dtype=wide)
         first_bag = 0
         bags = []
         for record in records:
@@ -76,9 +78,9 @@ class ValueShard:
             first_bag += len(record.grad)
         return reduce_rows(
             torch.cat([record.row_index for record in records]),
-            torch.cat([record.weight for record in records]),
+            torch.cat([record.weight for record in records]).to(wide),
             torch.cat(bags),
-            torch.cat([record.grad for record in records]),
+            torch.cat([record.grad for record in records]).to(wide),
         )
 
     @property

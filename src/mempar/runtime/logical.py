@@ -67,6 +67,10 @@ def logical_parameters(model: Any, *, tp: int, tp_rank: int) -> Iterator[Logical
         if name.startswith("decoder.layers."):
             _, _, place, rest = name.split(".", 3)
             name = f"decoder.layers.{numbers[place]}.{rest}"
+        elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            # The last stage's copy of a tied embedding: megatron sums its gradient with the first stage's,
+            # but the values start equal only if they are drawn under one name.
+            name = "embedding.word_embeddings.weight"
         split = bool(getattr(param, "tensor_model_parallel", False))
         yield LogicalParameter(
             name=name,

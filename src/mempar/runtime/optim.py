@@ -119,7 +119,7 @@ class Optimizers:
         if self.model.table is None or self.world.groups is None:
             return None, None
         rows, grads = self.model.table.take_gradient()
-        rows, grads = sum_over_copies(rows, grads.to(_wide(grads)), self.world.groups.copies)
+        rows, grads = sum_over_copies(rows, grads, self.world.groups.copies)
         return rows, grads.div_(max(1, tokens))
 
     def _dense_square_sum(self) -> Tensor:
@@ -163,7 +163,3 @@ class Optimizers:
 def clip_factor(limit: float, norm: float) -> float:
     """What gradients are multiplied by so that their norm stays within the limit; 0 is no limit."""
     return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,90 @@
+"""Parameter counts: against the built model, and against the published totals."""
+
+from typing import Any
+
+import pytest
+
+from mempar.memory.config import MemoryConfig
+from mempar.runtime import bringup
+from mempar.runtime.config import ModelConfig, RunConfig, TrainConfig
+from mempar.runtime.model import build_model
+from mempar.runtime.size import model_size
+from rank_pool import RankPool
+
+TOY = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 48}
+
+
+def count_built(run: RunConfig) -> tuple[int, int]:
+    """Parameters of the built model and elements of its table, in one process."""
+    world = bringup.lay_out(run)
+    model = build_model(run, world, 61)
+    dense = sum(param.numel() for chunk in model.chunks for param in chunk.parameters())
+    table = model.table.values.numel() if model.table is not None else 0
+    bringup.tear_down(world)
+    return dense, table
+
+
+@pytest.mark.parametrize(
+    ("tied", "memory"),
+    [
+        (False, {"enabled": False}),
+        (True, {"variant": "memory", "layers": (2,)}),
+        (False, {"layers": (1, 2, 3), "value_dim": 20, "qk_norm": True, "scalar_gate": True}),
+    ],
+    ids=["dense", "memory", "memory_plus"],
+)
+def test_counts_equal_the_built_model(pool: RankPool, tied: bool, memory: dict[str, Any]) -> None:
+    shape = {"num_subkeys": 8, "heads": 2, "top_k": 4, "key_dim": 8, "column_tile": 4}
+    run = RunConfig(
+        model=ModelConfig(**TOY, tie_embeddings=tied, vocab_multiple=8),
+        memory=MemoryConfig(**shape, **memory),
+        train=TrainConfig(seq_length=16),
+    )
+    [(dense, table)] = pool.run(1, count_built, run)
+    size = model_size(run, 61)
+    assert size.memory_params == table
+    assert size.total_params == dense + table
+
+
+# "Memory Layers at Scale", appendix: base models and Memory+ totals in billions.
+PUBLISHED = [
+    ("134m", {"hidden_size": 768, "num_layers": 12, "num_attention_heads": 12, "ffn_hidden_size": 2048}, 0, 0.134),
+    ("134m", {"hidden_size": 768, "num_layers": 12, "num_attention_heads": 12, "ffn_hidden_size": 2048}, 1024, 0.937),
+    ("373m", {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16, "ffn_hidden_size": 2816}, 0, 0.373),
+    ("1.3b", {"hidden_size": 2048, "num_layers": 22, "num_attention_heads": 16, "ffn_hidden_size": 5632}, 1024, 3.377),
+    ("1.3b", {"hidden_size": 2048, "num_layers": 22, "num_attention_heads": 16, "ffn_hidden_size": 5632}, 2048, 9.823),
+    ("1.3b", {"hidden_size": 2048, "num_layers": 22, "num_attention_heads": 16, "ffn_hidden_size": 5632}, 4096, 35.618),
+    (
+        "1.3b",
+        {"hidden_size": 2048, "num_layers": 22, "num_attention_heads": 16, "ffn_hidden_size": 5632},
+        8192,
+        138.748,
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "num_subkeys", "billions"), PUBLISHED)
+def test_totals_match_the_published_models(name: str, shape: dict[str, int], num_subkeys: int, billions: float) -> None:
+    layers = (4, 6, 8) if name == "134m" else (4, 12, 20)
+    memory = MemoryConfig(
+        enabled=num_subkeys > 0, layers=layers, num_subkeys=num_subkeys or 1024, key_dim=shape["hidden_size"] // 2
+    )
+    size = model_size(RunConfig(model=ModelConfig(**shape), memory=memory), 32000)
+    assert size.total_params / 1e9 == pytest.approx(billions, rel=0.01)
+    assert size.memory_params == num_subkeys**2 * shape["hidden_size"]
+
+
+def test_flops_do_not_count_table_values() -> None:
+    model = ModelConfig(hidden_size=768, num_layers=12, num_attention_heads=12, ffn_hidden_size=2048)
+    flops = [
+        model_size(
+            RunConfig(model=model, memory=MemoryConfig(layers=(4,), num_subkeys=1024, key_dim=384, top_k=top_k)), 32000
+        ).flops_per_token
+        for top_k in (8, 64)
+    ]
+    assert flops[0] == flops[1]
+    dense = model_size(RunConfig(model=model), 32000).flops_per_token
+    # Six FLOPs a multiplied parameter, and the two products of causal attention.
+    attention = 12 * 4 * 768 * 768
+    feed_forward = 12 * 3 * 768 * 2048
+    assert dense == 6 * (attention + feed_forward + 32000 * 768 + 12 * 1024 * 768)
