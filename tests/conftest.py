@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from rank_pool import RankPool
 
 FIGURES = pytest.StashKey[dict[str, float]]()
@@ -15,6 +16,7 @@ def pool() -> Iterator[RankPool]:
     try:
         yield pool
     finally:
+        print("CPU", pool.cpu_seconds, pool.jobs_run)
         pool.close()
 
 

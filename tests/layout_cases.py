@@ -11,9 +11,8 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-from toy import toy_run
-
 from mempar.runtime.config import ParallelConfig, RunConfig
+from toy import toy_run
 
 # Printed in the ids of the cases that are drawn from it.
 RANDOM_SEED = 2027
@@ -138,7 +137,9 @@ def random_cases() -> list[Case]:
         }
         model = {axis: draw.choice(values) for axis, values in AXES.items() if axis not in ("layout", "leg")}
         leg = draw.choice(LEGS)
-        marks = "-".join(f"{name}{int(size)}" for name, size in sizes.items() if size is not False and size > int(size is not True))
+        marks = "-".join(
+            f"{name}{int(size)}" for name, size in sizes.items() if size is not False and size > int(size is not True)
+        )
         if not 4 <= stage * pp <= 8 or mp == 1:
             continue
         axes = {"leg": leg, "kind": model["kind"], "optimizer": model["optimizer"], "extras": model["extras"]}

@@ -10,15 +10,15 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from layout_cases import Case
-from oracle import slot_scores
-from rank_pool import Job, RankPool
-from toy import History, Seen, Session, joined, train
 from torch import Tensor
 
+from layout_cases import Case
 from mempar.memory import layer as memory_layer
 from mempar.runtime.config import RunConfig
 from mempar.runtime.slot_trace import SlotTrace, TraceKey
+from oracle import slot_scores
+from rank_pool import Job, RankPool
+from toy import History, Seen, Session, joined, train
 
 STEPS = 20
 # Cases that are started before their turn, and those whose references are.

@@ -13,6 +13,7 @@ The function and its arguments are pickled: it must be a top-level function of a
 
 import contextlib
 import datetime
+import gc
 import multiprocessing
 import os
 import pickle
@@ -74,7 +75,9 @@ class _Worker:
 class RankPool:
     """Processes that run jobs; they are started when they are first needed."""
 
-    def __init__(self, num_ranks: int = 8, *, job_seconds: float = 120.0, collective_seconds: float = 60.0, busy: int = 0) -> None:
+    def __init__(
+        self, num_ranks: int = 8, *, job_seconds: float = 120.0, collective_seconds: float = 60.0, busy: int = 0
+    ) -> None:
         """Describe the pool; nothing is started yet.
 
         Args:
@@ -87,6 +90,7 @@ class RankPool:
         self.busy_ranks = busy or os.cpu_count() or 1
         self.job_seconds, self.collective_seconds = job_seconds, collective_seconds
         self.jobs_run = 0
+        self.cpu_seconds = 0.0
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         self._workers: list[_Worker] = []
@@ -184,6 +188,7 @@ class RankPool:
             return
         assert number == job.number
         job.cpu_seconds += cpu_seconds
+        self.cpu_seconds += cpu_seconds
         if succeeded:
             job.results[worker.rank] = reply
         else:
@@ -286,3 +291,5 @@ def _run_job(store: Any, rank: int, world_size: int, timeout: datetime.timedelta
     finally:
         mcore.parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        # Models and their hooks refer to each other and keep every process group, and its threads, alive.
+        gc.collect()

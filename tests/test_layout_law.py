@@ -6,9 +6,10 @@ Three legs, because one flipped slot is macroscopic and float32 sums in another 
   replayed  float32 over 20 steps, reading the slots that the single process chose
 """
 
-import layout_cases
 import numpy as np
 import pytest
+
+import layout_cases
 import toy
 from layout_cases import Case
 from layout_runs import STEPS, LayoutRuns, flipped, norm_of_difference

@@ -3,11 +3,12 @@
 import math
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import oracle
 
 VOCAB, WIDTH, VALUE_WIDTH, HALF_KEY, BATCH, LENGTH = 19, 12, 10, 3, 2, 5
 CONFIG = oracle.OracleConfig(
@@ -216,9 +217,9 @@ def test_logits_do_not_see_the_future(config: oracle.OracleConfig) -> None:
     after, _ = oracle.forward(params, changed, config)
     torch.testing.assert_close(after[:, :3], before[:, :3])
     assert (after[:, 3:] != before[:, 3:]).any(-1).all()
-    assert {layer: slot.shape for layer, slot in slots.items()} == {
-        layer: (BATCH, LENGTH, config.heads, config.top_k) for layer in config.memory_layers
-    }
+    assert {layer: slot.shape for layer, slot in slots.items()} == dict.fromkeys(
+        config.memory_layers, (BATCH, LENGTH, config.heads, config.top_k)
+    )
 
 
 def test_replay_of_own_slots_changes_nothing_and_of_others_does() -> None:

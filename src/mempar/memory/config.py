@@ -4,6 +4,7 @@ The defaults are those of "Memory Layers at Scale" (arXiv 2412.09764): Memory+ w
 sharing one table, four heads, 32 rows a head, no query/key normalisation.
 """
 
+import math
 from dataclasses import dataclass
 
 from mempar.errors import ConfigError
@@ -80,8 +81,12 @@ class MemoryConfig:
                 "write each block once, lowest first."
             )
         for name in ("value_dim", "lr", "clip_grad"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"memory.{name}={getattr(self, name)} is negative; use 0 for its default or more.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"memory.{name}={getattr(self, name)} must be a number of at least 0; 0 takes its default."
+                )
+        if not -math.inf < self.weight_decay < math.inf:
+            raise ConfigError(f"memory.weight_decay={self.weight_decay} must be finite; a negative one takes optim's.")
 
     @property
     def num_slots(self) -> int:

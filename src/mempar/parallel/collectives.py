@@ -41,6 +41,10 @@ class MemberGroup:
         """
         if self.size == 1:
             return send
+        if send.dtype == torch.int16:
+            # gloo and NCCL have no 16-bit integers: they travel as pairs of bytes.
+            pairs = self.all_to_all(send.view(torch.uint8).view(-1, 2), send_sizes, receive_sizes, phase)
+            return pairs.contiguous().view(torch.int16).view(-1)
         row_bytes = send.element_size() * send[:1].numel() if len(send) else 0
         self.ledger.add(phase, row_bytes * (len(send) - send_sizes[self.rank]))
         received = send.new_empty(sum(receive_sizes), *send.shape[1:])

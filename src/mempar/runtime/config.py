@@ -146,6 +146,10 @@ class OptimConfig:
             "optim", self, 0, "lr", "min_lr", "warmup_steps", "decay_steps", "wsd_decay_steps", "weight_decay",
             "clip_grad", "eps",
         )  # fmt: skip
+        if self.min_lr > self.lr:
+            raise ConfigError(
+                f"optim.min_lr={self.min_lr} exceeds optim.lr={self.lr}; rates decay from lr to min_lr; lower min_lr."
+            )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} must be in [0, 1); choose such a value.")
@@ -211,7 +215,7 @@ class DataConfig:
                 f"data.weights has {len(self.weights)} numbers for {len(self.paths)} data.paths; each path needs "
                 "one; give as many weights as paths, or none."
             )
-        if any(weight <= 0 for weight in self.weights):
+        if any(not 0 < weight < math.inf for weight in self.weights):
             raise ConfigError(f"data.weights={list(self.weights)} must be positive; drop paths that weigh nothing.")
 
 

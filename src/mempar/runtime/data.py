@@ -147,8 +147,9 @@ def _one_pass(run: RunConfig, path: str, seed: int) -> Any:
         split="1,0,0",
         path_to_cache=None,
     )
-    documents = np.arange(len(indexed.document_indices) - 1, dtype=np.int32)
-    return mcore.GPTDataset(indexed, path, documents, None, mcore.Split.train, config)
+    # GPTDataset takes sequences here; a document may hold several.
+    sequences = np.arange(len(indexed.sequence_lengths), dtype=np.int32)
+    return mcore.GPTDataset(indexed, path, sequences, None, mcore.Split.train, config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,6 +154,10 @@ class Optimizers:
                     torch._foreach_mul_(main_grads, scale)
             for group in member.param_groups:
                 group["lr"] = factor * self.run.optim.lr
+                # In megatron its learning-rate scheduler, which is not used here, applies this multiplier:
+                # 0 for norms and biases.
+                multiplier = group["wd_mult"] if "wd_mult" in group else group["pre_wd_mult"]
+                group["weight_decay"] = multiplier * self.run.optim.weight_decay
             member.step_with_ready_grads()
         if self.table is not None and rows is not None and grads is not None:
             grads.mul_(clip_factor(self.run.memory.clip_grad, memory_grad_norm))

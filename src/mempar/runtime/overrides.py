@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
         ConfigError: for an unknown key (near names are listed), a wrong type, or a value that the
             config's own checks refuse.
     """
-    merged = _open_schema(config)
+    schema = _open_schema(config)
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals or not key:
@@ -30,28 +30,39 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
         if key in _sections(config):
             raise ConfigError(f"'{key}' is a section; an override sets one value; write {key}.NAME=VALUE.")
         # An empty value is an empty text, not YAML's null.
-        given = OmegaConf.from_dotlist([assignment if value else f'{key}=""'])
-        merged = _merge(merged, given, f"'{assignment}'", config, key)
-    return _freeze(merged, config, "the overrides")
+        text = assignment if value else f'{key}=""'
+        schema = _merge(schema, lambda text=text: OmegaConf.from_dotlist([text]), key, f"'{assignment}'", config)
+    return _freeze(schema)
 
 
 def load_yaml(path: Path) -> RunConfig:
     """Read a run's config from a YAML file such as the `config.yaml` of a run's directory."""
     try:
-        given = OmegaConf.load(path)
+        given = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; name a recipe or an existing YAML file.") from None
+    except OmegaConfBaseException as error:
+        where = getattr(error, "full_key", None) or "a value"
+        raise ConfigError(f"{path}: {where} cannot be resolved ({_one_line(error)}); write plain values.") from None
     except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as YAML ({_one_line(error)}); mend the file.") from None
-    if not isinstance(given, DictConfig):
+    if not isinstance(given, dict):
         raise ConfigError(f"{path} holds no settings; a config is a mapping of sections; see `mempar recipes NAME`.")
     default = RunConfig()
-    for section, settings in given.items():
-        _check_key(default, str(section))
-        if isinstance(settings, DictConfig):
-            for key in settings:
-                _check_key(default, f"{section}.{key}")
-    return _freeze(_merge(_open_schema(default), given, str(path), default), default, str(path))
+    schema = _open_schema(default)
+    for section, settings in ((str(name), settings) for name, settings in given.items()):
+        _check_key(default, section)
+        if section not in _sections(default):
+            schema = _merge(schema, lambda s=section, v=settings: OmegaConf.create({s: v}), section, str(path), default)
+            continue
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{path}: {section} must be a section of settings; write {section}: {{NAME: VALUE}}.")
+        for name, value in settings.items():
+            key = f"{section}.{name}"
+            _check_key(default, key)
+            nested = {section: {name: value}}
+            schema = _merge(schema, lambda nested=nested: OmegaConf.create(nested), key, str(path), default)
+    return _freeze(schema)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -95,33 +106,30 @@ def _open_schema(config: RunConfig) -> DictConfig:
     return schema
 
 
-def _merge(into: DictConfig, given: Any, source: str, config: RunConfig, key: str = "") -> DictConfig:
+def _merge(schema: DictConfig, parse: Callable[[], Any], key: str, source: str, config: RunConfig) -> DictConfig:
+    """Set one key; whatever is wrong with its value is said in terms of that key."""
     try:
-        merged = OmegaConf.merge(into, given)
-    except OmegaConfBaseException as error:
-        raise _type_error(error, source, config, key) from None
+        given = parse()
+        if OmegaConf.missing_keys(given):
+            raise ValueError("??? stands for a missing value")
+        merged = OmegaConf.merge(schema, given)
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError):
+        raise ConfigError(f"{source}: {key} must be {_type_of(config, key)}; give a value of that type.") from None
     assert isinstance(merged, DictConfig)
     return merged
 
 
-def _freeze(merged: DictConfig, config: RunConfig, source: str) -> RunConfig:
-    try:
-        frozen = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise _type_error(error, source, config, "") from None
+def _freeze(schema: DictConfig) -> RunConfig:
+    frozen = OmegaConf.to_object(schema)
     assert isinstance(frozen, RunConfig)
     return frozen
 
 
-def _type_error(error: OmegaConfBaseException, source: str, config: RunConfig, key: str) -> ConfigError:
-    key = key or str(getattr(error, "full_key", None) or "a setting")
+def _type_of(config: RunConfig, key: str) -> str:
     section, _, name = key.partition(".")
-    settings: Any = getattr(config, section, None)
-    kind: Any = "a section of settings"
-    if name and section in _sections(config):
-        kind = next(field.type for field in dataclasses.fields(settings) if field.name == name.partition("[")[0])
-    named = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-    return ConfigError(f"{source}: {key} must be {named}; give a value of that type.")
+    owner: Any = getattr(config, section) if name else config
+    kind = next(field.type for field in dataclasses.fields(owner) if field.name == (name or section))
+    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
 
 
 def _one_line(error: Exception) -> str:

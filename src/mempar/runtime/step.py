@@ -47,6 +47,9 @@ class Stepper:
         model.transformer.finalize_model_grads_func = self._finalize
 
     def _finalize(self, chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        if num_tokens is not None:
+            # Megatron scales gradients by 1 / num_tokens in the dtype of this quotient; of an integer it is float32.
+            num_tokens = num_tokens.double()
         mcore.finalize_model_grads(chunks, num_tokens, **kwargs)
         # Megatron has just reduced it over the data-parallel ranks, in place.
         self._num_tokens = num_tokens

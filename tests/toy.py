@@ -1,0 +1,343 @@
+"""Toy runs: small models on random tokens, trained in the pool's ranks and observed in logical terms.
+
+`toy_run` makes a configuration, `train` runs it on one rank (every rank of the world calls it) and
+returns what that rank saw, `joined` puts the ranks' views together: losses and norms, gradients and
+parameters under their global names at their whole shapes, the table's gradient as `[S, D]`, the slots
+that were read. Nothing of the engine is changed for it: `Watched` overrides the optimizers' last step.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mempar.dims import TableSlice
+from mempar.memory.config import MemoryConfig
+from mempar.runtime import bringup, mcore
+from mempar.runtime.bringup import World
+from mempar.runtime.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from mempar.runtime.data import Batch, micro_batches
+from mempar.runtime.logical import LogicalParameter, logical_parameters
+from mempar.runtime.model import Model, build_model
+from mempar.runtime.optim import Optimizers, StepReport
+from mempar.runtime.slot_trace import SlotTrace, SlotTracer
+from mempar.runtime.step import Stepper
+
+VOCAB = 61
+TABLE = "memory.values"
+DATA_SEED = 11
+
+
+def toy_run(
+    *,
+    kind: str = "memory_plus",
+    optimizer: str = "row_adam",
+    tied: bool = False,
+    ragged: bool = False,
+    extras: bool = False,
+    dtype: str = "float32",
+    micro_batches: int = 4,
+    **parallel: int | bool,
+) -> RunConfig:
+    """Make a toy configuration.
+
+    Args:
+        kind: `dense`, `memory` or `memory_plus`.
+        optimizer: of the table.
+        tied: whether embeddings are tied.
+        ragged: sizes that shards do not divide (S = 169, D = 29 or 32 in tiles of 5, odd sequences) with
+            grouped queries, instead of sizes that 2, 3, 4 and 6 divide, with as many groups as heads.
+        extras: query/key normalisation and the scalar gate.
+        dtype: of training.
+        micro_batches: of the global batch; the data-parallel size divides it.
+        parallel: sizes of the layout.
+    """
+    # Sequence parallelism cuts sequences into equal shares.
+    odd_length = 14 if parallel.get("sequence_parallel") else 15
+    return RunConfig(
+        model=ModelConfig(
+            num_layers=4,
+            hidden_size=32 if ragged else 24,
+            num_attention_heads=4,
+            num_query_groups=2 if ragged else 0,
+            ffn_hidden_size=48,
+            vocab_size=VOCAB,
+            vocab_multiple=16,
+            tie_embeddings=tied,
+        ),
+        memory=MemoryConfig(
+            enabled=kind != "dense",
+            variant="memory_plus" if kind == "dense" else kind,
+            # (1, 3) lie on one stage of pp=2 vpp=2, (1, 2, 3) never do.
+            layers=(1, 3) if kind == "memory" else (1, 2, 3),
+            num_subkeys=13 if ragged else 12,
+            heads=2,
+            top_k=4,
+            key_dim=16,
+            value_dim=29 if ragged and kind == "memory_plus" else 0,
+            qk_norm=extras,
+            scalar_gate=extras,
+            optimizer=optimizer,
+            column_tile=5 if ragged else 4,
+        ),
+        train=TrainConfig(
+            dtype=dtype,
+            seq_length=odd_length if ragged else 16,
+            global_batch_size=(1 if ragged else 2) * micro_batches,
+            micro_batch_size=1 if ragged else 2,
+        ),
+        optim=OptimConfig(lr=1e-3),
+        parallel=ParallelConfig(**parallel),  # type: ignore[arg-type]
+    )
+
+
+class RandomSamples:
+    """Sample i is a function of i."""
+
+    def __init__(self, seq_length: int) -> None:
+        self.seq_length = seq_length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.random.default_rng([DATA_SEED, index]).integers(0, VOCAB, self.seq_length + 1)
+
+
+def loss_mask(sample: int, seq_length: int) -> Tensor:
+    """Mask of one sample: a fifth of the tokens is masked at random, and every seventh sample wholly."""
+    if sample % 7 == 3:
+        return torch.zeros(seq_length)
+    return torch.from_numpy(np.random.default_rng([DATA_SEED, sample, 1]).random(seq_length) < 0.8).float()
+
+
+def batches_of(run: RunConfig, step: int, *, dp_rank: int = 0, dp: int = 1) -> list[Batch]:
+    """One data-parallel rank's micro-batches of a step; two global batches alternate."""
+    count = run.train.global_batch_size
+    first = step % 2 * count
+    plain = micro_batches(
+        RandomSamples(run.train.seq_length),  # type: ignore[arg-type]
+        run,
+        first,
+        count=count,
+        dp_rank=dp_rank,
+        dp=dp,
+        device=torch.device("cpu"),
+    )
+    return [
+        replace(batch, loss_mask=torch.stack([loss_mask(sample, run.train.seq_length) for sample in batch.sample_ids]))
+        for batch in plain
+    ]
+
+
+@dataclass
+class Seen:
+    """What one rank saw of a run.
+
+    Attributes:
+        reports: one a step.
+        gradients: of the first step, unclipped, by global name and whole; of the parameters on this rank.
+        parameters: the same, final values (initial ones before any step).
+        shard: the part of the table on this rank; None without one.
+        table_rows: `[U]`, rows of the shard touched in the first step, as reduced over replicas and copies.
+        table_grad: `[U, D_j]`, their gradients.
+        table: `[S_i, D_j]`, final values of the shard.
+        trace: slots read by this rank.
+        extra: what an observer noted.
+        digests: of everything that several ranks hold alike, by name.
+    """
+
+    reports: list[StepReport] = field(default_factory=list)
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    parameters: dict[str, np.ndarray] = field(default_factory=dict)
+    shard: TableSlice | None = None
+    table_rows: np.ndarray | None = None
+    table_grad: np.ndarray | None = None
+    table: np.ndarray | None = None
+    trace: SlotTrace = field(default_factory=SlotTrace)
+    extra: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+class Watched(Optimizers):
+    """Notes the first step's gradients, after finalisation and before they are clipped and applied."""
+
+    def __init__(self, run: RunConfig, world: World, model: Model, seen: Seen) -> None:
+        super().__init__(run, world, model)
+        self.seen, self.watching = seen, True
+
+    def _apply(
+        self, factor: float, grad_norm: float, memory_grad_norm: float, rows: Tensor | None, grads: Tensor | None
+    ) -> None:
+        if self.watching:
+            self.watching = False
+            self.seen.gradients = whole_parameters(self.run, self.model, finalised_gradients(self.run, self.model))
+            if rows is not None and grads is not None:
+                self.seen.table_rows, self.seen.table_grad = rows.numpy().copy(), grads.numpy().copy()
+        super()._apply(factor, grad_norm, memory_grad_norm, rows, grads)
+
+
+def finalised_gradients(run: RunConfig, model: Model) -> Callable[[LogicalParameter], Tensor]:
+    """Return a function that gives the finished gradient of this rank's share of a parameter."""
+    if not run.parallel.distributed_optimizer:
+        return lambda logical: logical.param.main_grad.detach().clone()
+    # The distributed optimizer reduces to shards of each bucket, one a data-parallel rank: gather them.
+    whole: dict[Any, Tensor] = {}
+    for chunk in model.wrapped:
+        for buffer in chunk.buffers:
+            gathered = buffer.grad_data.clone()
+            for bucket in buffer.buckets:
+                group = (
+                    bucket.data_parallel_group if hasattr(bucket, "data_parallel_group") else buffer.data_parallel_group
+                )
+                shards = [shard.clone() for shard in bucket.grad_data.chunk(dist.get_world_size(group))]
+                dist.all_gather(shards, shards[dist.get_rank(group)].clone(), group=group)
+                gathered[bucket.offset : bucket.offset + bucket.grad_data.numel()] = torch.cat(shards)
+            for param, (start, end, _) in buffer.param_index_map.items():
+                whole[param] = gathered[start:end].view(param.shape)
+    return lambda logical: whole[logical.param]
+
+
+def whole_parameters(
+    run: RunConfig, model: Model, tensor_of: Callable[[LogicalParameter], Tensor]
+) -> dict[str, np.ndarray]:
+    """Join something of every parameter's shape over the tensor-parallel ranks, by global name."""
+    state, tp = mcore.parallel_state, run.parallel.tp
+    found = {}
+    for chunk in model.chunks:
+        for logical in logical_parameters(chunk, tp=tp, tp_rank=state.get_tensor_model_parallel_rank()):
+            share = tensor_of(logical).detach().contiguous()
+            shares = [torch.empty_like(share) for _ in range(tp)]
+            dist.all_gather(shares, share, group=state.get_tensor_model_parallel_group())
+            if logical.dim is None:
+                assert all(torch.equal(other, share) for other in shares), f"{logical.name} differs between tp ranks"
+            whole = logical.join(shares)
+            found[logical.name] = (whole.float() if whole.dtype == torch.bfloat16 else whole).numpy().copy()
+    return found
+
+
+def train(
+    run: RunConfig,
+    steps: int,
+    replay: SlotTrace | None = None,
+    keep: tuple[str, ...] = (),
+    observe: Callable[["Session", Seen], None] | None = None,
+) -> Seen:
+    """Train on this rank; every rank of the process group calls it.
+
+    Args:
+        run: what to train.
+        steps: number of steps; 0 builds the model and keeps its initial values.
+        replay: slots to read instead of choosing.
+        keep: `gradients` of the first step, final `parameters`, `slots`.
+        observe: called with the built run and the record before the first step.
+    """
+    session = Session(run, replay)
+    seen = session.seen
+    session.optimizers.watching = "gradients" in keep
+    if observe is not None:
+        observe(session, seen)
+    for step in range(steps):
+        seen.reports.append(session.step(step))
+    if "slots" in keep:
+        seen.trace = session.tracer.recorded
+    shard = session.model.table
+    if shard is not None:
+        seen.shard = shard.part
+    if "parameters" in keep:
+        seen.parameters = whole_parameters(run, session.model, lambda logical: logical.param)
+        seen.table = None if shard is None else shard.values.to(_readable(shard.values)).numpy().copy()
+    seen.digests = digests(session)
+    bringup.tear_down(session.world)
+    return seen
+
+
+class Session:
+    """A run built on this rank: world, model, optimizers and stepper."""
+
+    def __init__(self, run: RunConfig, replay: SlotTrace | None = None) -> None:
+        self.run = run
+        self.seen = Seen()
+        self.world = bringup.lay_out(run)
+        self.model = build_model(run, self.world, VOCAB)
+        self.optimizers = Watched(run, self.world, self.model, self.seen)
+        self.stepper = Stepper(run, self.world, self.model, self.optimizers)
+        self.grid = self.world.placement.grid
+        self.tracer = SlotTracer.for_run(self.stepper, self.grid.tp_rank(self.world.rank), replay)
+        if self.model.access is not None:
+            self.model.access.hook_factory = self.tracer
+
+    def step(self, step: int) -> StepReport:
+        self.tracer.step = step
+        return self.stepper.train(
+            batches_of(self.run, step, dp_rank=self.grid.dp_rank(self.world.rank), dp=self.grid.dp), 1.0
+        )
+
+
+def _readable(tensor: Tensor) -> torch.dtype:
+    """The dtype in which numpy can hold a tensor."""
+    return torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
+
+
+def digests(session: Session) -> dict[str, str]:
+    """Digest what other ranks must hold bit for bit alike: data-parallel copies, tied embeddings, shard copies."""
+    found = {}
+    tp_rank = session.grid.tp_rank(session.world.rank)
+    for chunk in session.model.chunks:
+        for logical in logical_parameters(chunk, tp=session.run.parallel.tp, tp_rank=tp_rank):
+            place = "" if logical.dim is None else f" of tensor rank {tp_rank}"
+            found[logical.name + place] = _digest(logical.param)
+    table, optimizer = session.model.table, session.optimizers.table
+    if table is not None and optimizer is not None:
+        found[f"{table.part}"] = _digest(table.values)
+        for name, state in optimizer.state.items():
+            found[f"{name} of {table.part}"] = _digest(state)
+    return found
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().to(_readable(tensor)).numpy().tobytes()).hexdigest()
+
+
+@dataclass
+class History:
+    """What all ranks saw of a run, in logical terms; the attributes are those of `Seen`."""
+
+    run: RunConfig
+    reports: list[StepReport]
+    gradients: dict[str, np.ndarray]
+    parameters: dict[str, np.ndarray]
+    trace: SlotTrace
+    seen: list[Seen]
+
+
+def joined(run: RunConfig, seen: list[Seen]) -> History:
+    """Put the ranks' views together; what several ranks hold must be the same on all of them."""
+    gradients: dict[str, np.ndarray] = {}
+    parameters: dict[str, np.ndarray] = {}
+    copies: dict[str, str] = {}
+    trace = SlotTrace()
+    for rank, view in enumerate(seen):
+        assert view.reports == seen[0].reports, f"rank {rank} reports other numbers than rank 0"
+        for name, digest in view.digests.items():
+            assert copies.setdefault(name, digest) == digest, f"{name} on rank {rank} differs from its copies"
+        for target, part in ((gradients, view.gradients), (parameters, view.parameters)):
+            for name, value in part.items():
+                if name in target:
+                    np.testing.assert_array_equal(target[name], value, err_msg=f"{name} on rank {rank}")
+                target[name] = value
+        trace.merge(view.trace)
+        part = view.shard
+        if part is None:
+            continue
+        columns = slice(part.column_start, part.column_end)
+        if view.table_rows is not None and view.table_grad is not None:
+            whole = gradients.setdefault(TABLE, np.zeros((part.num_slots, part.value_dim), view.table_grad.dtype))
+            whole[view.table_rows + part.row_start, columns] = view.table_grad
+        if view.table is not None:
+            whole = parameters.setdefault(TABLE, np.zeros((part.num_slots, part.value_dim), view.table.dtype))
+            whole[part.row_start : part.row_end, columns] = view.table
+    assert not trace.unrecorded()
+    return History(run, seen[0].reports, gradients, parameters, trace, seen)
