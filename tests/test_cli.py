@@ -90,6 +90,10 @@ def mempar(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=240, check=False)
 
 
+def rows_of(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_two_ranks_train_resume_and_refuse_like_one(tmp_path: Path) -> None:
     cache = f"data.cache={tmp_path}/cache"
     one = mempar("train", "smoke", *TINY, cache, "--out", f"{tmp_path}/one")
@@ -97,7 +101,7 @@ def test_two_ranks_train_resume_and_refuse_like_one(tmp_path: Path) -> None:
     two = mempar("train", "smoke", *TINY, cache, "parallel.mp=2", "--out", f"{tmp_path}/two")
     assert two.returncode == 0, two.stderr
     assert "held-out loss after 0 steps: this model" in two.stdout and "memory switched off" in two.stdout
-    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("one", "two")]
+    rows = [rows_of(tmp_path / name) for name in ("one", "two")]
     for single, pair in zip(*rows, strict=True):
         key = "loss" if "loss" in single else "heldout_loss"
         assert pair[key] == pytest.approx(single[key], rel=1e-5)
@@ -106,4 +110,4 @@ def test_two_ranks_train_resume_and_refuse_like_one(tmp_path: Path) -> None:
     branch = ["--from", f"{tmp_path}/two/checkpoints/step_00000002", "--out", f"{tmp_path}/branch"]
     again = mempar("train", "smoke", *TINY, cache, "train.steps=3", *branch)
     assert again.returncode == 0, again.stderr
-    assert [json.loads(line)["step"] for line in (tmp_path / "branch" / "metrics.jsonl").open()] == [2, 3, 3]
+    assert [row["step"] for row in rows_of(tmp_path / "branch")] == [2, 3, 3]

@@ -13,9 +13,11 @@ from torch import nn
 
 from mempar.errors import ConfigError
 from mempar.runtime.config import DataConfig, RunConfig, TrainConfig
-from mempar.runtime.data import BYTE_VOCAB, ByteTokenizer, Samples, check_paths, micro_batches, vocab_size
+from mempar.runtime.data import Samples, micro_batches
 from mempar.runtime.logical import LogicalParameter, initial_value, logical_parameters
 from mempar.runtime.mcore import IndexedDatasetBuilder
+from mempar.runtime.preflight import check_data
+from mempar.runtime.tokenizer import BYTE_VOCAB, ByteTokenizer, vocab_size
 
 LENGTH = 8
 RUN = RunConfig(train=TrainConfig(seq_length=LENGTH, global_batch_size=24, micro_batch_size=2))
@@ -185,17 +187,17 @@ def test_missing_file_is_named_with_the_command_that_makes_it(prefix: str, suffi
     other = write(Path(prefix).with_name("other"), [[[1, 2, 3]]])
     data = DataConfig(paths=(prefix,))
     run = replace(RUN, data=replace(data, **{kind: (*getattr(data, kind), other)}))
-    check_paths(run)
+    check_data(run)
     Path(other + suffix).unlink()
     with pytest.raises(ConfigError) as caught:
-        check_paths(run)
+        check_data(run)
     assert str(caught.value).startswith(f"{other}{suffix} does not exist")
     assert f"mempar prepare INPUT... --tokenizer byte --out {other}" in str(caught.value)
 
 
 def test_empty_paths_and_unknown_tokenizers_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.paths is empty.*mempar prepare"):
-        check_paths(RUN)
+        check_data(RUN)
     assert vocab_size(RUN) == BYTE_VOCAB == 257
     with pytest.raises(ConfigError, match=r"data\.tokenizer=gpt2 .*byte"):
         vocab_size(replace(RUN, data=DataConfig(tokenizer="gpt2")))

@@ -3,11 +3,8 @@
 This is the one place of the runtime that reads environment variables (those that torchrun sets).
 """
 
-import ctypes
 import datetime
 import os
-import signal
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +17,6 @@ from mempar.runtime import mcore
 from mempar.runtime.config import RunConfig
 from mempar.runtime.float64 import keep_wide_logits
 from mempar.runtime.placement import Placement, place
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +52,6 @@ class World:
 
 def join_world(timeout_seconds: int = 600) -> None:
     """Join the process group that torchrun's environment variables describe; alone without them."""
-    if sys.platform == "linux" and os.environ.get("TORCHELASTIC_RUN_ID"):
-        # A rank must not outlive its launcher.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # megatron counts on it to order a tensor-parallel reduction before the matmul that hides it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -6,7 +6,6 @@ number of steps or on the data-parallel size, so a resumed or lengthened run see
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,60 +15,7 @@ from torch import Tensor
 from mempar.errors import ConfigError
 from mempar.runtime import mcore
 from mempar.runtime.config import RunConfig
-
-# bytes 0..255 and an end-of-document token
-BYTE_VOCAB = 257
-
-
-@dataclass(frozen=True)
-class ByteTokenizer:
-    """What Megatron's data sets ask of a tokenizer."""
-
-    vocab_size: int = BYTE_VOCAB
-    eod: int = BYTE_VOCAB - 1
-    # Documents are packed, never padded: a number that no token has.
-    pad: int = -1
-
-    @property
-    def unique_identifiers(self) -> dict[str, str]:
-        """What distinguishes cached sample indices of different tokenizers."""
-        return {"class": "ByteTokenizer"}
-
-    @property
-    def special_tokens_dict(self) -> dict[str, int]:
-        """Megatron asks for it; there are none."""
-        return {}
-
-
-def vocab_size(run: RunConfig) -> int:
-    """Tokens of the run's tokenizer."""
-    if run.data.tokenizer != "byte":
-        raise ConfigError(
-            f"data.tokenizer={run.data.tokenizer} is not known; the tokenizers are: byte; use one of these."
-        )
-    return BYTE_VOCAB
-
-
-def check_paths(run: RunConfig) -> None:
-    """Refuse data that is not there.
-
-    Raises:
-        ConfigError: naming the missing file and how to make it.
-    """
-    if not run.data.paths:
-        raise ConfigError(
-            "data.paths is empty; a run needs at least one Megatron .bin/.idx pair; make one with "
-            "`mempar prepare INPUT... --tokenizer byte --out PREFIX` and set data.paths=[PREFIX], or set "
-            "data.corpus=stdlib."
-        )
-    for path in (*run.data.paths, *run.data.heldout_paths):
-        for suffix in (".bin", ".idx"):
-            if not Path(path + suffix).is_file():
-                raise ConfigError(
-                    f"{path}{suffix} does not exist; data.paths name pairs of Megatron .bin/.idx files without "
-                    f"their suffix; make them with `mempar prepare INPUT... --tokenizer {run.data.tokenizer} "
-                    f"--out {path}`."
-                )
+from mempar.runtime.tokenizer import ByteTokenizer
 
 
 class Samples:

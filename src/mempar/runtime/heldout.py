@@ -7,9 +7,10 @@ import numpy as np
 
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
-from mempar.runtime.data import Samples, micro_batches, vocab_size
+from mempar.runtime.data import Samples, micro_batches
 from mempar.runtime.model import Model
 from mempar.runtime.step import Stepper
+from mempar.runtime.tokenizer import vocab_size
 from mempar.runtime.trigram import trigram_loss
 
 

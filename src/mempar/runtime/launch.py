@@ -1,29 +1,12 @@
-"""Starting the ranks of a run on this machine, with torchrun's agent; a single rank runs in-process."""
+"""Starting the ranks of a run on this machine, with torchrun's agent where there are several."""
 
-import importlib.util
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 from mempar.errors import ConfigError, MemparError
-from mempar.runtime.config import RunConfig
-from mempar.runtime.placement import place
-from mempar.runtime.worker import run_rank
-
-
-def check_run(run: RunConfig, num_ranks: int) -> None:
-    """Refuse, before anything is started or written, what could not run.
-
-    Raises:
-        ConfigError: with the numbers.
-    """
-    place(run, num_ranks)
-    if run.parallel.cp > 1 and importlib.util.find_spec("transformer_engine") is None:
-        raise ConfigError(
-            f"parallel.cp={run.parallel.cp} needs TransformerEngine's attention, which is not installed; megatron's "
-            "own attention sees one context-parallel rank's tokens only; use parallel.cp=1, or install the extra "
-            "`gpu` on a CUDA machine."
-        )
 
 
 def launch_local(directory: Path, num_ranks: int, load: Path | None) -> None:
@@ -37,8 +20,14 @@ def launch_local(directory: Path, num_ranks: int, load: Path | None) -> None:
     Raises:
         MemparError: when a rank failed; its own message was printed by it.
     """
+    # Threads that wait by spinning starve each other where cores are shared: a step takes many times as
+    # long when one other process is busy. libgomp reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = ["-m", "mempar.runtime.worker", str(directory), *([str(load)] if load else [])]
     if num_ranks == 1:
-        run_rank(directory, load)
+        status = subprocess.run([sys.executable, *arguments], check=False).returncode
+        if status:
+            raise _failure(f"the only rank ended with status {status}", status)
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -54,15 +43,16 @@ def launch_local(directory: Path, num_ranks: int, load: Path | None) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
-    arguments = ["-m", "mempar.runtime.worker", str(directory), *([str(load)] if load else [])]
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        failed = MemparError(
-            f"rank {rank} of {num_ranks} ended with status {failure.exitcode}; the run cannot go on without it; "
-            "see its output above."
-        )
-        if failure.exitcode == ConfigError.exit_status:
-            failed.exit_status = ConfigError.exit_status
-        raise failed from None
+        message = f"rank {rank} of {num_ranks} ended with status {failure.exitcode}"
+        raise _failure(message, failure.exitcode) from None
+
+
+def _failure(what: str, status: int) -> MemparError:
+    failed = MemparError(f"{what}; the run cannot go on without it; see its output above.")
+    if status == ConfigError.exit_status:
+        failed.exit_status = ConfigError.exit_status
+    return failed

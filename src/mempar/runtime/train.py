@@ -8,7 +8,7 @@ from typing import Any
 from mempar.runtime import checkpoint
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
-from mempar.runtime.data import Samples, micro_batches, vocab_size
+from mempar.runtime.data import Samples, micro_batches
 from mempar.runtime.heldout import Heldout
 from mempar.runtime.layout_report import write_layout
 from mempar.runtime.metrics import MetricsLog, Terminal, peak_flops
@@ -18,6 +18,7 @@ from mempar.runtime.run_dir import RunDir, read_meta
 from mempar.runtime.schedule import lr_factor
 from mempar.runtime.size import model_size
 from mempar.runtime.step import Stepper
+from mempar.runtime.tokenizer import vocab_size
 
 
 @dataclass(kw_only=True)

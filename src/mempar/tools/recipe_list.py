@@ -10,9 +10,7 @@ from rich.table import Table
 from mempar.recipes import RECIPES, find_recipe
 from mempar.runtime.overrides import to_yaml
 from mempar.runtime.size import model_size
-
-# bytes 0..255 and an end-of-document token; other tokenizers bring their own size.
-_BYTE_VOCAB = 257
+from mempar.runtime.tokenizer import vocab_size
 
 
 def show(name: str | None, *, as_json: bool) -> str:
@@ -22,7 +20,7 @@ def show(name: str | None, *, as_json: bool) -> str:
     rows = []
     for known in RECIPES:
         run = find_recipe(known)
-        rows.append({"name": known, **asdict(model_size(run, _BYTE_VOCAB)), "gpus": run.parallel.smallest_world})
+        rows.append({"name": known, **asdict(model_size(run, vocab_size(run))), "gpus": run.parallel.smallest_world})
     if as_json:
         return json.dumps(rows, indent=1)
     table = Table("recipe", "parameters", "active", "in the table", "MFLOP a token", "ranks")

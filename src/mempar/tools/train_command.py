@@ -8,8 +8,9 @@ from pathlib import Path
 from mempar.errors import ConfigError
 from mempar.recipes import find_recipe
 from mempar.runtime.config import RunConfig
-from mempar.runtime.launch import check_run, launch_local
+from mempar.runtime.launch import launch_local
 from mempar.runtime.overrides import override
+from mempar.runtime.preflight import check_data, check_layout
 from mempar.runtime.run_dir import RunDir, check_free, open_existing, open_new, read_meta
 
 CORPORA = ("stdlib",)
@@ -44,9 +45,7 @@ def train(
     """
     run = override(find_recipe(recipe), assignments)
     ranks = num_ranks if num_ranks is not None else run.parallel.smallest_world
-    if ranks < 1:
-        raise ConfigError(f"--nproc {ranks} starts no rank; a run needs at least one; raise it.")
-    check_run(run, ranks)
+    check_layout(run, ranks)
     if resume and start_from is not None:
         raise ConfigError("--resume and --from exclude each other: one continues a run, the other starts a new one.")
     if resume and out is None:
@@ -68,7 +67,7 @@ def with_data(run: RunConfig, say: Callable[[str], None]) -> RunConfig:
     """Return the run with its data on disk: a built-in corpus is made, or found made, for it."""
     if run.data.corpus and not run.data.paths:
         run = _with_corpus(run, say)
-    _check_data(run)
+    check_data(run)
     return run
 
 
@@ -84,16 +83,3 @@ def _with_corpus(run: RunConfig, say: Callable[[str], None]) -> RunConfig:
     corpus = build(Path(run.data.cache).expanduser() / run.data.corpus, say)
     data = dataclasses.replace(run.data, paths=(str(corpus.train_prefix),), heldout_paths=(str(corpus.heldout_prefix),))
     return dataclasses.replace(run, data=data)
-
-
-def _check_data(run: RunConfig) -> None:
-    # data.py imports torch; the check does not need it, but a run that gets here is about to.
-    from mempar.runtime.data import check_paths, vocab_size
-
-    check_paths(run)
-    vocab_size(run)
-    if run.train.heldout_samples and not run.data.heldout_paths:
-        raise ConfigError(
-            f"train.heldout_samples={run.train.heldout_samples} with no data.heldout_paths; a held-out loss needs "
-            "data of its own; name some, or set train.heldout_samples=0."
-        )
