@@ -4,12 +4,12 @@ References are run once a configuration. `LayoutRuns` knows the order of the tes
 for, and keeps the pool busy with the next ones while a test compares.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from layout_cases import Case
@@ -123,7 +123,18 @@ class LayoutRuns:
         return joined(case.run, seen)
 
 
-def norm_of_difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Norm of the difference as a share of the expected tensor's norm."""
-    difference = float(torch.from_numpy(found.astype(np.float64) - expected.astype(np.float64)).norm())
-    return difference / max(float(np.linalg.norm(expected.astype(np.float64))), 1e-300) if difference else 0.0
+def gradient_deviations(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict[str, float]:
+    """Norm of the difference of each gradient as a share of the expected gradient's norm.
+
+    The scalar gate's bias is one number, whose gradient is what is left when hundreds of tokens cancel: it is
+    measured together with the weight of the same projection.
+    """
+    assert found.keys() == expected.keys()
+    difference: dict[str, float] = {}
+    norm: dict[str, float] = {}
+    for name, value in expected.items():
+        unit = name.replace("scalar_gate.bias", "scalar_gate.weight")
+        wide = value.astype(np.float64)
+        difference[unit] = math.hypot(difference.get(unit, 0.0), np.linalg.norm(found[name].astype(np.float64) - wide))
+        norm[unit] = math.hypot(norm.get(unit, 0.0), np.linalg.norm(wide))
+    return {unit: value / max(norm[unit], 1e-300) if value else 0.0 for unit, value in difference.items()}

@@ -31,7 +31,7 @@ from typing import Any
 
 PRELOADED = ["mempar.runtime.step", "mempar.runtime.bringup"]
 # What the other ranks of a job get to notice that one of them failed, before they are ended.
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 2.0
 
 
 class RankFailure(AssertionError):

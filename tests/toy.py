@@ -91,7 +91,7 @@ def toy_run(
             global_batch_size=(1 if ragged else 2) * micro_batches,
             micro_batch_size=1 if ragged else 2,
         ),
-        optim=OptimConfig(lr=1e-3),
+        optim=OptimConfig(lr=3e-4),
         parallel=ParallelConfig(**parallel),  # type: ignore[arg-type]
     )
 

@@ -32,9 +32,9 @@ def smoke() -> RunConfig:
             lr=1e-2,
             weight_decay=0.0,
         ),
-        optim=OptimConfig(lr=6e-3, min_lr=3e-4, warmup_steps=20, schedule="cosine", weight_decay=0.1, clip_grad=1.0),
+        optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=20, schedule="cosine", weight_decay=0.1, clip_grad=1.0),
         train=TrainConfig(
-            steps=300,
+            steps=200,
             seed=1,
             global_batch_size=24,
             micro_batch_size=1,
