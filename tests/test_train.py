@@ -1,4 +1,7 @@
-"""Whole runs through the trainer: resuming, run directories, layout.json, held-out loss (laws 5 and 7)."""
+"""Whole runs through the trainer: resuming, run directories, layout.json, held-out loss (laws 5 and 7).
+
+layout.json is written by mempar.runtime.layout_report.
+"""
 
 import dataclasses
 import json
@@ -13,11 +16,13 @@ from mempar.errors import CheckpointError, ConfigError
 from mempar.memory.config import MemoryConfig
 from mempar.runtime import bringup
 from mempar.runtime.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from mempar.runtime.heldout import Heldout
 from mempar.runtime.mcore import IndexedDatasetBuilder
 from mempar.runtime.metrics import read_rows
 from mempar.runtime.overrides import load_yaml
 from mempar.runtime.run_dir import RunDir, open_existing, open_new, read_meta
 from mempar.runtime.train import Trainer
+from mempar.runtime.trigram import trigram_loss
 from rank_pool import RankPool
 
 LAYOUTS: dict[str, dict[str, int | bool]] = {
@@ -198,6 +203,16 @@ def test_run_directory_holds_what_design_says(pool: RankPool, paths: tuple[str, 
     assert heldout[1]["heldout_loss"] < heldout[0]["heldout_loss"]
     assert heldout[1]["heldout_loss_memory_off"] != heldout[1]["heldout_loss"]
     assert "loss" not in heldout[0]
+
+
+def test_heldout_trigram_is_counted_on_the_very_windows(paths: tuple[str, ...]) -> None:
+    run = toy(paths)
+    heldout = Heldout(run, None, None, None)  # type: ignore[arg-type]
+    windows = np.stack([heldout.samples[index] for index in range(run.train.heldout_samples)])
+    assert windows.shape == (12, 13)
+    train_tokens = np.fromfile(paths[0] + ".bin", dtype=np.uint16)
+    assert heldout.trigram_loss == trigram_loss(train_tokens, windows, 257)
+    assert 1.0 < heldout.trigram_loss < np.log(257)
 
 
 def test_metrics_are_cut_back_to_the_resumed_step(pool: RankPool, paths: tuple[str, ...], tmp_path: Path) -> None:
