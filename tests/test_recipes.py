@@ -35,7 +35,8 @@ def test_list_shows_every_recipe() -> None:
     "layout",
     [
         "tp=2", "tp=2 sequence_parallel=true", "pp=2", "pp=2 vpp=2", "mp=2 mp_rows=2", "mp=2 mp_rows=1",
-        "mp=3 mp_rows=1", "mp=3 mp_rows=3", "mp=4 mp_rows=1", "mp=4 mp_rows=4", "mp=4 mp_rows=2", "mp=6 mp_rows=1", "mp=6 mp_rows=3",
+        "mp=3 mp_rows=1", "mp=3 mp_rows=3", "mp=4 mp_rows=1",
+        "mp=4 mp_rows=4", "mp=4 mp_rows=2", "mp=6 mp_rows=1", "mp=6 mp_rows=3",
         "tp=2 mp=2", "tp=2 mp=4", "pp=2 mp=2", "tp=2 pp=2 mp=4", "tp=2 distributed_optimizer=true",
     ],
 )  # fmt: skip
