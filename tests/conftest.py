@@ -16,7 +16,6 @@ def pool() -> Iterator[RankPool]:
     try:
         yield pool
     finally:
-        print("CPU", pool.cpu_seconds, pool.jobs_run)
         pool.close()
 
 

@@ -34,7 +34,7 @@ def smoke() -> RunConfig:
         ),
         optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=20, schedule="cosine", weight_decay=0.1, clip_grad=1.0),
         train=TrainConfig(
-            steps=160,
+            steps=140,
             seed=1,
             global_batch_size=24,
             micro_batch_size=1,
