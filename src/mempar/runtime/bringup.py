@@ -112,3 +112,5 @@ def tear_down(world: World) -> None:
     for group in world.made_groups:
         dist.destroy_process_group(group)
     mcore.parallel_state.destroy_model_parallel()
+    # Its cache of angles keeps modules, and with them process groups and their threads, alive.
+    mcore.RotaryEmbedding.forward.cache_clear()

@@ -26,6 +26,7 @@ with warnings.catch_warnings():
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
@@ -67,6 +68,7 @@ __all__ = [
     "MegatronOptimizer",
     "ModuleSpec",
     "OptimizerConfig",
+    "RotaryEmbedding",
     "ShardedObject",
     "ShardedTensor",
     "Split",
