@@ -80,12 +80,17 @@ def is_possible(world_size: int, sizes: dict[str, Any], *, leg: str, kind: str, 
 
 
 def make_case(name: str, world_size: int, sizes: dict[str, Any], *, leg: str, **model: Any) -> Case:
-    """Make a case; ranks have one micro-batch a step, or two where they must or where these are small."""
-    dp = world_size // (sizes.get("tp", 1) * sizes.get("pp", 1))
-    several = dp == 1 or model["ragged"] or sizes.get("vpp", 1) > 1
+    """Make a case with few micro-batches, but enough for every phase of a schedule.
+
+    Pipelines have twice as many as stages: with fewer a schedule has no steady state, in which interleaving
+    without overlapped p2p goes wrong. Other ranks have one, or two where these are small.
+    """
+    pp = sizes.get("pp", 1)
+    dp = world_size // (sizes.get("tp", 1) * pp)
+    per_rank = 2 * pp if pp > 1 or dp == 1 else 2 if model["ragged"] else 1
     run = toy_run(
         dtype="float64" if leg == "float64" else "float32",
-        micro_batches=2 * dp if several else dp,
+        micro_batches=dp * per_rank,
         **model,
         **sizes,
     )

@@ -31,6 +31,9 @@ from typing import Any
 
 PRELOADED = ["mempar.runtime.step", "mempar.runtime.bringup"]
 # What the other ranks of a job get to notice that one of them failed, before they are ended.
+# Some of megatron's groups outlive their run (the distributed optimizer's are held through autograd's nodes), each
+# with threads that wake up a hundred times a second: a rank that has gathered as many is replaced.
+MOST_THREADS = 150
 GRACE_SECONDS = 2.0
 
 
@@ -182,7 +185,7 @@ class RankPool:
         job = worker.job
         assert job is not None
         try:
-            number, succeeded, cpu_seconds, reply = pickle.loads(worker.connection.recv_bytes())
+            number, succeeded, cpu_seconds, num_threads, reply = pickle.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
             self._lose(worker)
             return
@@ -194,6 +197,8 @@ class RankPool:
         else:
             self._fail(job, f"rank {worker.rank} raised\n{reply}")
         self._release(worker)
+        if num_threads > MOST_THREADS:
+            self._end(worker)
 
     def _release(self, worker: _Worker) -> None:
         job, worker.job = worker.job, None
@@ -215,11 +220,14 @@ class RankPool:
         self._drop(worker)
 
     def _drop(self, worker: _Worker) -> None:
+        self._end(worker)
+        self._release(worker)
+
+    def _end(self, worker: _Worker) -> None:
         worker.connection.close()
         worker.process.kill()
         worker.process.join()
         self._workers.remove(worker)
-        self._release(worker)
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
@@ -257,12 +265,18 @@ def _serve(connection: Connection, store_port: int, collective_seconds: float) -
         busy = time.process_time()
         try:
             result = _run_job(dist.PrefixStore(f"job{number}", store), rank, world_size, timeout, payload)
-            reply = pickle.dumps((number, True, time.process_time() - busy, result))
+            outcome = True, time.process_time() - busy, _count_threads(), result
         except BaseException:
-            reply = pickle.dumps((number, False, time.process_time() - busy, traceback.format_exc()))
+            outcome = False, time.process_time() - busy, _count_threads(), traceback.format_exc()
         with contextlib.suppress(OSError):
             # Plain pickle: torch's own would pass file descriptors of shared memory.
-            connection.send_bytes(reply)
+            connection.send_bytes(pickle.dumps((number, *outcome)))
+
+
+def _count_threads() -> int:
+    import psutil
+
+    return psutil.Process().num_threads()
 
 
 def _leave_with_parent() -> None:
