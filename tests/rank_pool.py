@@ -14,6 +14,7 @@ The function and its arguments are pickled: it must be a top-level function of a
 import contextlib
 import datetime
 import gc
+import math
 import multiprocessing
 import os
 import pickle
@@ -57,6 +58,7 @@ class Job:
     waiting: set[int] = field(default_factory=set)
     results: dict[int, Any] = field(default_factory=dict)
     failure: str = ""
+    failed_at: float = math.inf
     done: bool = False
 
     def result(self) -> list[Any]:
@@ -195,7 +197,8 @@ class RankPool:
         if succeeded:
             job.results[worker.rank] = reply
         else:
-            self._fail(job, f"rank {worker.rank} raised\n{reply}")
+            failed_at, text = reply
+            self._fail(job, f"rank {worker.rank} raised\n{text}", failed_at)
         self._release(worker)
         if num_threads > MOST_THREADS:
             self._end(worker)
@@ -207,16 +210,19 @@ class RankPool:
         if not job.waiting and not job.done:
             job.done, job.seconds = True, time.monotonic() - job.started
 
-    def _fail(self, job: Job, reason: str) -> None:
+    def _fail(self, job: Job, reason: str, failed_at: float) -> None:
+        """Keep the first failure: the others are its consequences."""
         if not job.failure:
-            job.failure = reason
             job.deadline = min(job.deadline, time.monotonic() + GRACE_SECONDS)
+        if failed_at < job.failed_at:
+            job.failure, job.failed_at = reason, failed_at
 
     def _lose(self, worker: _Worker) -> None:
         """A rank died: report it and let another process take its place when one is needed."""
         assert worker.job is not None
         worker.process.join(1.0)
-        self._fail(worker.job, f"rank {worker.rank} died with exit code {worker.process.exitcode}")
+        # A death is told last, and is the cause all the same.
+        self._fail(worker.job, f"rank {worker.rank} died with exit code {worker.process.exitcode}", 0.0)
         self._drop(worker)
 
     def _drop(self, worker: _Worker) -> None:
@@ -235,8 +241,12 @@ class RankPool:
             job = worker.job
             assert job is not None
             stuck = sorted(job.waiting)
-            self._fail(job, f"ranks {stuck} did not finish in {now - job.started:.0f} s")
+            self._fail(job, f"ranks {stuck} did not finish in {now - job.started:.0f} s", now)
             self._drop(worker)
+
+
+class _Raised(Exception):
+    """When and how a job's function failed on this rank."""
 
 
 def _serve(connection: Connection, store_port: int, collective_seconds: float) -> None:
@@ -266,8 +276,11 @@ def _serve(connection: Connection, store_port: int, collective_seconds: float) -
         try:
             result = _run_job(dist.PrefixStore(f"job{number}", store), rank, world_size, timeout, payload)
             outcome = True, time.process_time() - busy, _count_threads(), result
+        except _Raised as raised:
+            outcome = False, time.process_time() - busy, _count_threads(), raised.args
         except BaseException:
-            outcome = False, time.process_time() - busy, _count_threads(), traceback.format_exc()
+            failed = time.monotonic(), traceback.format_exc()
+            outcome = False, time.process_time() - busy, _count_threads(), failed
         with contextlib.suppress(OSError):
             # Plain pickle: torch's own would pass file descriptors of shared memory.
             connection.send_bytes(pickle.dumps((number, *outcome)))
@@ -302,6 +315,9 @@ def _run_job(store: Any, rank: int, world_size: int, timeout: datetime.timedelta
         # A rank that leaves early closes connections that others still read from.
         dist.barrier()
         return result
+    except BaseException:
+        # Told with its time: what the others then run into is told sooner where tearing down takes long here.
+        raise _Raised(time.monotonic(), traceback.format_exc()) from None
     finally:
         mcore.parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
