@@ -6,10 +6,13 @@ Everything is measured in one run, sides alternating, and reported as ratios, be
 shared: the oracle (tests/oracle.py, a page of plain torch) against the engine without memory in one
 process, and memory layers on two ranks with the table in row shards at 65 thousand, 1 million and 4
 million slots. What must not depend on the number of slots (gather, exchange, backward, update) is
-timed apart from what may (scores, with its square root). A step is 2048 tokens.
+timed apart from what may (scores, with its square root). Exchanges are timed from the moment when
+both ranks have arrived. A step is 2048 tokens, each reading 128 rows 256 wide in three layers, as in
+the paper; the largest table and its moments take 12 GiB, so a machine needs 20.
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
@@ -28,6 +31,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 SLOTS = (256**2, 1024**2, 2048**2)
+WARM_UP = 2
 FLAT_PHASES = ("gather", "exchange", "backward", "update")
 
 
@@ -38,9 +42,7 @@ def make_run(num_subkeys: int) -> Any:
 
     memory = MemoryConfig(enabled=False)
     if num_subkeys:
-        memory = MemoryConfig(
-            layers=(1, 3, 5), num_subkeys=num_subkeys, heads=4, top_k=16, key_dim=64, value_dim=64, column_tile=16
-        )
+        memory = MemoryConfig(layers=(1, 3, 5), num_subkeys=num_subkeys, heads=4, top_k=32, key_dim=64, column_tile=64)
     return RunConfig(
         model=ModelConfig(
             num_layers=8, hidden_size=256, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=768
@@ -76,11 +78,12 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
 
-    def wrap(self, owner: Any, name: str, phase: str) -> None:
-        """Time every call of `owner.name` under a phase."""
+    def wrap(self, owner: Any, name: str, phase: str, before: Callable[[], Any] = lambda: None) -> None:
+        """Time every call of `owner.name` under a phase, without what `before` waits for."""
         function = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
+            before()
             started = time.perf_counter()
             result = function(*args, **kwargs)
             self.seconds[phase] += time.perf_counter() - started
@@ -105,29 +108,15 @@ def oracle_step(run: Any, model: Any) -> Callable[[], None]:
     """The same training step in plain torch, from the engine's parameters."""
     import oracle
     from mempar.runtime.logical import logical_parameters
+    from oracle_runs import oracle_config, oracle_optim
 
     params = {
         logical.name: logical.param.detach().clone().requires_grad_()
         for logical in logical_parameters(model.chunks[0], tp=1, tp_rank=0)
     }
-    settings = run.model
-    config = oracle.OracleConfig(
-        num_layers=settings.num_layers,
-        hidden_size=settings.hidden_size,
-        num_attention_heads=settings.num_attention_heads,
-        num_query_groups=settings.query_groups,
-        ffn_hidden_size=settings.ffn_hidden_size,
-        rotary_base=settings.rotary_base,
-        norm_epsilon=settings.norm_epsilon,
-        tie_embeddings=settings.tie_embeddings,
-        memory_layers=(),
-        num_subkeys=1,
-        heads=1,
-        top_k=1,
-    )
     batches = [(batch.tokens, batch.labels, batch.loss_mask) for batch in random_batches(run, 0, 1)]
-    state, optim = oracle.AdamState(), oracle.OptimConfig(lr=1e-3)
-    return lambda: oracle.step(params, state, batches, config, optim)
+    state = oracle.AdamState()
+    return lambda: oracle.step(params, state, batches, oracle_config(run), oracle_optim(run))
 
 
 def time_dense(steps: int) -> dict[str, list[float]]:
@@ -140,61 +129,76 @@ def time_dense(steps: int) -> dict[str, list[float]]:
     batches = random_batches(run, 0, 1)
     plain = oracle_step(run, model)
     seconds: dict[str, list[float]] = {"oracle": [], "engine": []}
-    for step in range(steps + 2):
+    for step in range(steps + WARM_UP):
         for name, function in (("oracle", plain), ("engine", lambda: stepper.train(batches, 1.0))):
             started = time.perf_counter()
             function()
-            if step >= 2:
+            if step >= WARM_UP:
                 seconds[name].append(time.perf_counter() - started)
     bringup.tear_down(world)
     dist.destroy_process_group()
     return seconds
 
 
+class MemoryBench:
+    """The engine with one table size, its phases timed apart; all sizes live side by side on two ranks."""
+
+    def __init__(self, slots: int, world: Any) -> None:
+        """Build the model of that size in a world that is already laid out."""
+        from mempar.runtime.model import build_model
+        from mempar.runtime.optim import Optimizers
+        from mempar.runtime.placement import place
+        from mempar.runtime.step import Stepper
+
+        run = make_run(round(slots**0.5))
+        # The groups do not depend on the number of slots, the cuts of the table do.
+        world = dataclasses.replace(world, placement=place(run, world.size))
+        model = build_model(run, world, 257)
+        self.stepper = Stepper(run, world, model, Optimizers(run, world, model))
+        self.batches = random_batches(run, world.placement.grid.dp_rank(world.rank), 2)
+        self.phases: list[tuple[Any, str, str]] = [
+            (model.table, "gather", "gather"),
+            (model.table, "backward", "backward"),
+            (model.table, "take_gradient", "backward"),
+            (self.stepper.optimizers.table, "update", "update"),
+        ]
+
+    def step(self, watch: Stopwatch) -> dict[str, float]:
+        """Train one step; seconds of its phases and of the whole."""
+        dist.barrier()
+        watch.seconds.clear()
+        started = time.perf_counter()
+        self.stepper.train(self.batches, 1.0)
+        return {"step": time.perf_counter() - started, **watch.seconds}
+
+
 def time_memory(steps: int) -> dict[int, list[dict[str, float]]]:
-    """On one of two ranks: phases of each step for every table size."""
+    """On one of two ranks: phases of each step for every table size, sizes alternating."""
     import mempar.kernels.product_topk as product_topk
-    from mempar.parallel.collectives import MemberGroup
     from mempar.runtime import bringup
 
     warnings.simplefilter("ignore")
     bringup.join_world()
     torch.set_num_threads(1)
-    results = {}
-    for slots in SLOTS:
-        run = make_run(round(slots**0.5))
-        world, model, stepper = engine_stepper(run)
-        watch = Stopwatch()
-        forward, backward = product_topk._ProductTopk.forward, product_topk._ProductTopk.backward
-        exchange = MemberGroup.all_to_all
-        watch.wrap(product_topk._ProductTopk, "forward", "scores")
-        watch.wrap(product_topk._ProductTopk, "backward", "scores")
-        watch.wrap(model.table, "gather", "gather")
-        watch.wrap(model.table, "backward", "backward")
-        watch.wrap(model.table, "take_gradient", "backward")
-        watch.wrap(stepper.optimizers.table, "update", "update")
-        for group in (world.groups.memory, world.groups.copies):
-            watch.wrap(group, "all_to_all", "exchange")
-        batches = random_batches(run, world.placement.grid.dp_rank(world.rank), 2)
-        rows = []
-        for step in range(steps + 2):
-            dist.barrier()
-            watch.seconds.clear()
-            started = time.perf_counter()
-            stepper.train(batches, 1.0)
-            total = time.perf_counter() - started
-            if step >= 2:
-                rows.append({"step": total, **watch.seconds})
-        results[slots] = rows
-        product_topk._ProductTopk.forward, product_topk._ProductTopk.backward = (
-            staticmethod(forward),
-            staticmethod(backward),
-        )
-        MemberGroup.all_to_all = exchange
-        bringup.tear_down(world)
-        del world, model, stepper
+    world = bringup.lay_out(make_run(round(SLOTS[0] ** 0.5)))
+    watch = Stopwatch()
+    watch.wrap(product_topk._ProductTopk, "forward", "scores")
+    watch.wrap(product_topk._ProductTopk, "backward", "scores")
+    for group in (world.groups.memory, world.groups.copies):
+        watch.wrap(group, "all_to_all", "exchange", before=dist.barrier)
+    sides = {slots: MemoryBench(slots, world) for slots in SLOTS}
+    for side in sides.values():
+        for phase in side.phases:
+            watch.wrap(*phase)
+    rows: dict[int, list[dict[str, float]]] = {slots: [] for slots in SLOTS}
+    for step in range(steps + WARM_UP):
+        for slots, side in sides.items():
+            row = side.step(watch)
+            if step >= WARM_UP:
+                rows[slots].append(row)
+    bringup.tear_down(world)
     dist.destroy_process_group()
-    return results
+    return rows
 
 
 def two_ranks(steps: int) -> dict[int, list[dict[str, float]]]:

@@ -12,7 +12,7 @@ from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
 from mempar.runtime.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from mempar.runtime.overrides import known_keys, load_yaml, override, to_yaml
-from mempar.runtime.placement import place, stage_of_layer
+from mempar.runtime.placement import place, stage_of_layer, with_micro_batch
 from mempar.runtime.schedule import lr_factor
 
 MODEL = ModelConfig(num_layers=24, hidden_size=64, num_attention_heads=4, ffn_hidden_size=96)
@@ -394,3 +394,27 @@ def test_learning_rate_ends_at_decay_steps_whatever_the_length_of_the_run(schedu
 
 def test_learning_rate_has_no_floor_when_lr_is_zero() -> None:
     assert lr_factor(OptimConfig(lr=0.0, schedule="linear"), 50, 100) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "expected"),
+    [
+        ({}, 1, 8),
+        ({"mp": 4}, 4, 6),
+        ({"pp": 2}, 2, 6),
+        ({"pp": 2, "vpp": 2}, 4, 3),
+        ({"tp": 2}, 2, 8),
+        ({"mp": 24}, 24, 1),
+    ],
+)
+def test_micro_batch_chosen_by_layout(parallel: dict[str, int], world: int, expected: int) -> None:
+    train = TrainConfig(global_batch_size=24, micro_batch_size=0, seq_length=128)
+    run = RunConfig(model=MODEL, memory=MEMORY, train=train, parallel=ParallelConfig(**parallel))
+    resolved = with_micro_batch(run, world)
+    assert resolved.train.micro_batch_size == expected
+    place(resolved, world)
+
+
+def test_micro_batch_kept_when_set() -> None:
+    run = RunConfig(model=MODEL, train=TrainConfig(global_batch_size=24, micro_batch_size=2))
+    assert with_micro_batch(run, 1) is run

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import oracle
+import oracle_runs
 from mempar.dims import TableSlice
 from mempar.errors import ConfigError
 from mempar.memory import initial, optimizer
@@ -18,6 +20,7 @@ from mempar.memory.layer import MemoryLayer, initial_value
 from mempar.memory.lookup import LocalReader, SilentReader
 from mempar.memory.optimizer import AdamSettings, TableAdam
 from mempar.memory.values import ValueShard
+from mempar.runtime.config import ModelConfig, RunConfig
 
 WIDTH, VALUE_WIDTH, EPSILON = 12, 10, 1e-5
 SMALL = {"num_subkeys": 5, "heads": 2, "top_k": 3, "key_dim": 6}
@@ -79,20 +82,8 @@ def dense_gradient(shard: ValueShard) -> Tensor:
 
 
 def oracle_config(config: MemoryConfig) -> oracle.OracleConfig:
-    return oracle.OracleConfig(
-        num_layers=1,
-        hidden_size=WIDTH,
-        num_attention_heads=1,
-        num_query_groups=1,
-        ffn_hidden_size=1,
-        norm_epsilon=EPSILON,
-        variant=config.variant,
-        num_subkeys=config.num_subkeys,
-        heads=config.heads,
-        top_k=config.top_k,
-        qk_norm=config.qk_norm,
-        scalar_gate=config.scalar_gate,
-    )
+    model = ModelConfig(num_layers=1, hidden_size=WIDTH, num_attention_heads=1, ffn_hidden_size=1, norm_epsilon=EPSILON)
+    return oracle_runs.oracle_config(RunConfig(model=model, memory=replace(config, layers=(0,))))
 
 
 def oracle_params(layer: MemoryLayer, values: Tensor) -> oracle.Params:

@@ -17,6 +17,7 @@ import oracle
 from layout_runs import gradient_deviations
 from mempar.runtime.config import RunConfig
 from mempar.runtime.slot_trace import SlotTrace
+from oracle_runs import oracle_config, oracle_optim
 from rank_pool import RankPool
 from toy import TABLE, History, batches_of, joined, toy_run, train
 
@@ -43,41 +44,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "memory_plus-row_adam-tied-mha-norms-gate": {"tied": True, "extras": True},
     "memory_plus-adamw-untied-gqa-norms-gate": {"optimizer": "adamw", "ragged": True, "extras": True},
 }
-
-
-def oracle_config(run: RunConfig) -> oracle.OracleConfig:
-    model, memory = run.model, run.memory
-    return oracle.OracleConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.query_groups,
-        ffn_hidden_size=model.ffn_hidden_size,
-        rotary_base=model.rotary_base,
-        norm_epsilon=model.norm_epsilon,
-        tie_embeddings=model.tie_embeddings,
-        memory_layers=memory.layers if memory.enabled else (),
-        variant=memory.variant,
-        num_subkeys=memory.num_subkeys,
-        heads=memory.heads,
-        top_k=memory.top_k,
-        qk_norm=memory.qk_norm,
-        scalar_gate=memory.scalar_gate,
-    )
-
-
-def oracle_optim(run: RunConfig) -> oracle.OptimConfig:
-    optim = run.optim
-    return oracle.OptimConfig(
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        clip_grad=optim.clip_grad,
-        memory_lr=run.values_lr,
-        memory_weight_decay=run.values_weight_decay,
-        memory_clip_grad=run.memory.clip_grad,
-    )
 
 
 def oracle_batches(run: RunConfig, step: int) -> list[oracle.Batch]:

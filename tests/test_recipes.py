@@ -8,7 +8,7 @@ from mempar.errors import ConfigError
 from mempar.recipes import RECIPES, find_recipe
 from mempar.runtime.config import RunConfig
 from mempar.runtime.overrides import override, to_yaml
-from mempar.runtime.placement import place
+from mempar.runtime.preflight import check_layout
 from mempar.tools import recipe_list, train_command
 
 
@@ -42,7 +42,7 @@ def test_list_shows_every_recipe() -> None:
 )  # fmt: skip
 def test_smoke_divides_over_many_layouts(layout: str) -> None:
     run = override(find_recipe("smoke"), [f"parallel.{size}" for size in layout.split()])
-    place(run, run.parallel.smallest_world)
+    check_layout(run, run.parallel.smallest_world)
 
 
 def test_data_of_an_unknown_corpus_is_refused() -> None:

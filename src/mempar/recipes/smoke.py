@@ -1,7 +1,7 @@
 """The smoke recipe: a small byte-level model with Memory+ on text that every machine has.
 
-It trains in three minutes on two cores, beats trigram counts, and divides over many layouts: 24
-micro-batches, four blocks for two stages of two virtual ones, heads and widths for tp=2.
+It trains in two minutes on two cores, beats trigram counts, and divides over many layouts: 24
+samples a step, four blocks for two stages of two virtual ones, heads and widths for tp=2.
 """
 
 from mempar.memory.config import MemoryConfig
@@ -34,10 +34,10 @@ def smoke() -> RunConfig:
         ),
         optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=20, schedule="cosine", weight_decay=0.1, clip_grad=1.0),
         train=TrainConfig(
-            steps=140,
+            steps=180,
             seed=1,
             global_batch_size=24,
-            micro_batch_size=1,
+            micro_batch_size=0,
             seq_length=128,
             dtype="float32",
             log_interval=10,

@@ -157,7 +157,10 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length, batch, precision and intervals of a run; intervals are in steps, 0 means never."""
+    """Length, batch, precision and intervals of a run; intervals are in steps, 0 means never.
+
+    `micro_batch_size=0` takes the largest that the layout allows (see placement.py).
+    """
 
     steps: int = 100
     seed: int = 1
@@ -176,10 +179,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         _one_of("train", self, "dtype", DTYPES)
-        _at_least("train", self, 1, "global_batch_size", "micro_batch_size", "seq_length", "log_interval")
+        _at_least("train", self, 1, "global_batch_size", "seq_length", "log_interval")
         _at_least("train", self, 1, "keep_checkpoints", "collective_timeout")
         _at_least("train", self, 0, "steps", "seed", "save_interval", "heldout_interval", "heldout_samples")
-        if self.global_batch_size % self.micro_batch_size:
+        _at_least("train", self, 0, "micro_batch_size")
+        if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"train.global_batch_size={self.global_batch_size} is not a multiple of train.micro_batch_size="
                 f"{self.micro_batch_size}; a batch is made of whole micro-batches; change one of them."

@@ -5,18 +5,22 @@ from pathlib import Path
 
 from mempar.errors import ConfigError
 from mempar.runtime.config import RunConfig
-from mempar.runtime.placement import place
+from mempar.runtime.placement import place, with_micro_batch
 from mempar.runtime.tokenizer import vocab_size
 
 
-def check_layout(run: RunConfig, num_ranks: int) -> None:
+def check_layout(run: RunConfig, num_ranks: int) -> RunConfig:
     """Refuse a layout that does not fit the ranks, or that the engine on this machine cannot run.
+
+    Returns:
+        The run with what the layout decides filled in.
 
     Raises:
         ConfigError: with the numbers.
     """
     if num_ranks < 1:
         raise ConfigError(f"--nproc {num_ranks} starts no rank; a run needs at least one; raise it.")
+    run = with_micro_batch(run, num_ranks)
     place(run, num_ranks)
     if run.parallel.cp > 1 and importlib.util.find_spec("transformer_engine") is None:
         raise ConfigError(
@@ -24,6 +28,7 @@ def check_layout(run: RunConfig, num_ranks: int) -> None:
             "own attention sees one context-parallel rank's tokens only; use parallel.cp=1, or install the extra "
             "`gpu` on a CUDA machine."
         )
+    return run
 
 
 def check_data(run: RunConfig) -> None:

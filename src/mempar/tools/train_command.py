@@ -45,7 +45,7 @@ def train(
     """
     run = override(find_recipe(recipe), assignments)
     ranks = num_ranks if num_ranks is not None else run.parallel.smallest_world
-    check_layout(run, ranks)
+    run = check_layout(run, ranks)
     if resume and start_from is not None:
         raise ConfigError("--resume and --from exclude each other: one continues a run, the other starts a new one.")
     if resume and out is None:
