@@ -157,10 +157,10 @@ class MemoryBench:
         self.stepper = Stepper(run, world, model, Optimizers(run, world, model))
         self.batches = random_batches(run, world.placement.grid.dp_rank(world.rank), 2)
         self.phases: list[tuple[Any, str, str]] = [
-            (model.table, "gather", "gather"),
-            (model.table, "backward", "backward"),
-            (model.table, "take_gradient", "backward"),
-            (self.stepper.optimizers.table, "update", "update"),
+            (model.tables[0].shard, "gather", "gather"),
+            (model.tables[0].shard, "backward", "backward"),
+            (model.tables[0].shard, "take_gradient", "backward"),
+            (self.stepper.optimizers.tables[model.tables[0].name], "update", "update"),
         ]
 
     def step(self, watch: Stopwatch) -> dict[str, float]:
@@ -184,7 +184,7 @@ def time_memory(steps: int) -> dict[int, list[dict[str, float]]]:
     watch = Stopwatch()
     watch.wrap(product_topk._ProductTopk, "forward", "scores")
     watch.wrap(product_topk._ProductTopk, "backward", "scores")
-    for group in (world.groups.memory, world.groups.copies):
+    for group in (world.groups.memory, *world.groups.copies):
         watch.wrap(group, "all_to_all", "exchange", before=dist.barrier)
     sides = {slots: MemoryBench(slots, world) for slots in SLOTS}
     for side in sides.values():

@@ -49,7 +49,7 @@ LEGS = ("float64", "float32", "replayed")
 AXES: dict[str, tuple[Any, ...]] = {
     "layout": tuple(LAYOUTS),
     "leg": LEGS,
-    "kind": ("dense", "memory", "memory_plus"),
+    "kind": ("dense", "memory", "memory_plus", "peer", "beside", "two"),
     "optimizer": ("row_adam", "adamw"),
     "tied": (False, True),
     "ragged": (False, True),

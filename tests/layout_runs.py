@@ -57,8 +57,7 @@ def train_reference(run: RunConfig, steps: int) -> Seen:
             return hook
 
         memory_layer.product_topk = probe
-        if session.model.access is not None:
-            session.model.access.hook_factory = factory
+        session.model.hook_slots(factory)
 
     with patch.object(memory_layer, "product_topk", choose):
         return train(run, steps, keep=("gradients", "slots"), observe=observe)

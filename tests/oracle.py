@@ -2,8 +2,8 @@
 
 The engine in `src/mempar` must reproduce what this file computes (the oracle law). It is written for reading and
 imports nothing from mempar; autograd makes every gradient, dense `[S, D]` table gradients included. It follows
-"Memory Layers at Scale" (arXiv 2412.09764), section 3, on the transformer of megatron-core 0.16.1. Variants `memory`
-and `memory_plus`; no PEER, no MoE, no dropout.
+"Memory Layers at Scale" (arXiv 2412.09764), section 3, on the transformer of megatron-core 0.16.1. Variants `memory`,
+`memory_plus` and `peer` (arXiv 2407.04153); no MoE, no dropout.
 
 Parameters are one flat `dict[str, Tensor]` under the names megatron-core uses on a single process. The arithmetic has
 the parameters' dtype; norms, softmaxes and the loss have at least float32.
@@ -13,13 +13,14 @@ the parameters' dtype; norms, softmaxes and the loss have at least float32.
     H memory heads   N sub-keys per half   S = N*N slots   Q half-key width   K top-k   D value width
 
     embedding.word_embeddings.weight  [V, C]      output_layer.weight  [V, C] (absent when tied)
-    decoder.final_layernorm.weight    [C]         memory.values        [S, D] (one table, shared by all memory layers)
+    decoder.final_layernorm.weight    [C]         memory.values        [S, D] (shared by all layers of a memory)
+                                                  memory.down          [S, C] peer only; memory1... are more memories
     decoder.layers.{l}.  (l is global, 0-based)
       input_layernorm.weight              [C]     pre_mlp_layernorm.weight           [C]
       self_attention.linear_qkv.weight    [G*(A/G+2)*d, C]: for each group A/G query heads, a key head, a value head
       self_attention.linear_proj.weight   [C, A*d]
       mlp.linear_fc1.weight               [2F, C]: gate half, then up half        mlp.linear_fc2.weight  [C, F]
-    and in a memory layer, instead of the two linear_fc:
+    and in a memory layer, instead of the two linear_fc (or beside them, under mlp.memory.):
       mlp.query.weight, .bias             [H*2Q, C], [H*2Q]                       mlp.keys               [H, 2, N, Q]
       mlp.gate_proj.weight, .bias         [D, C], [D]      memory_plus only
       mlp.output_proj.weight, .bias       [C, D], [C]      memory_plus only
@@ -43,8 +44,25 @@ Slots = dict[int, Tensor]
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class OracleConfig:
+@dataclass(frozen=True, kw_only=True)
+class MemoryShape:
+    """One memory: layers that share tables `{name}.values`, and with `peer` also `{name}.down`."""
+
+    name: str = "memory"
+    memory_layers: tuple[int, ...] = ()
+    variant: str = "memory_plus"
+    beside: bool = False
+    num_subkeys: int = 0
+    heads: int = 0
+    top_k: int = 0
+    qk_norm: bool = False
+    scalar_gate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleConfig(MemoryShape):
+    """The model; its own memory settings are those of the first memory."""
+
     num_layers: int
     hidden_size: int
     num_attention_heads: int
@@ -53,13 +71,11 @@ class OracleConfig:
     rotary_base: float = 10000.0
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = False
-    memory_layers: tuple[int, ...] = ()
-    variant: str = "memory_plus"
-    num_subkeys: int = 0
-    heads: int = 0
-    top_k: int = 0
-    qk_norm: bool = False
-    scalar_gate: bool = False
+    more_memories: tuple[MemoryShape, ...] = ()
+
+    def memory_of(self, layer: int) -> MemoryShape | None:
+        """The memory that a block reads."""
+        return next((memory for memory in (self, *self.more_memories) if layer in memory.memory_layers), None)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -123,21 +139,30 @@ def product_key_topk(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tenso
 
 
 def memory_layer(
-    params: Params, prefix: str, x: Tensor, config: OracleConfig, replay: Tensor | None = None
+    params: Params,
+    prefix: str,
+    x: Tensor,
+    config: MemoryShape,
+    replay: Tensor | None = None,
+    norm_epsilon: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """x [T, C] -> out [T, C], slots [T, H, K]; with `replay` [T, H, K] these slots are read instead of the best."""
-    keys, values = params[f"{prefix}.keys"], params[VALUES]
+    keys, values = params[f"{prefix}.keys"], params[f"{config.name}.values"]
     query = F.linear(x, params[f"{prefix}.query.weight"], params[f"{prefix}.query.bias"])
     query = query.unflatten(-1, (config.heads, 2, -1))
     if config.qk_norm:
-        query = rms_norm(query, params[f"{prefix}.query_norm.weight"], config.norm_epsilon)
-        keys = rms_norm(keys, params[f"{prefix}.key_norm.weight"], config.norm_epsilon)
+        query = rms_norm(query, params[f"{prefix}.query_norm.weight"], norm_epsilon)
+        keys = rms_norm(keys, params[f"{prefix}.key_norm.weight"], norm_epsilon)
     if replay is None:
         slot, score = product_key_topk(query, keys, config.top_k)
     else:
         slot, score = replay, slot_scores(query, keys).gather(-1, replay)
     # A softmax for each head, so that the weights of a token sum to H; the heads are summed, not concatenated.
     weight = at_least_float32(score).softmax(-1)
+    if config.variant == "peer":
+        # Slot s is an expert of one neuron, gelu(u_s . x) v_s.
+        down = params[f"{config.name}.down"]
+        weight = weight * F.gelu(torch.einsum("thkc,tc->thk", down[slot].to(weight.dtype), x.to(weight.dtype)))
     out = torch.einsum("thk,thkd->td", weight, values[slot].to(weight.dtype)).to(x.dtype)
     if config.variant == "memory_plus":
         gate = F.silu(F.linear(x, params[f"{prefix}.gate_proj.weight"], params[f"{prefix}.gate_proj.bias"]))
@@ -157,13 +182,15 @@ def forward(params: Params, tokens: Tensor, config: OracleConfig, replay: Slots 
         normed = rms_norm(x, params[f"{prefix}.input_layernorm.weight"], config.norm_epsilon)
         x = x + attention_layer(params, f"{prefix}.self_attention", normed, config)
         normed = rms_norm(x, params[f"{prefix}.pre_mlp_layernorm.weight"], config.norm_epsilon)
-        if layer in config.memory_layers:
+        memory = config.memory_of(layer)
+        if memory is None or memory.beside:
+            x = x + feed_forward(params, f"{prefix}.mlp", normed)
+        if memory is not None:
             chosen = None if replay is None else replay[layer].flatten(0, 1)
-            out, slot = memory_layer(params, f"{prefix}.mlp", normed.flatten(0, 1), config, chosen)
+            place = f"{prefix}.mlp.memory" if memory.beside else f"{prefix}.mlp"
+            out, slot = memory_layer(params, place, normed.flatten(0, 1), memory, chosen, config.norm_epsilon)
             x = x + out.unflatten(0, tokens.shape)
             slots[layer] = slot.unflatten(0, tokens.shape)
-        else:
-            x = x + feed_forward(params, f"{prefix}.mlp", normed)
     x = rms_norm(x, params["decoder.final_layernorm.weight"], config.norm_epsilon)
     output = "embedding.word_embeddings.weight" if config.tie_embeddings else "output_layer.weight"
     return F.linear(x, params[output]), slots
@@ -251,30 +278,47 @@ def adamw(
 
 @torch.no_grad()
 def update(
-    params: Params, grads: Params, slots: Sequence[Slots], state: AdamState, optim: OptimConfig, memory_optimizer: str
+    params: Params,
+    grads: Params,
+    slots: Sequence[Slots],
+    state: AdamState,
+    config: OracleConfig,
+    optim: OptimConfig,
+    memory_optimizer: str,
 ) -> tuple[Tensor, Tensor]:
-    """Clips and applies the gradients, in place; returns the norms of the dense ones and of the table's, unclipped.
+    """Clips and applies the gradients, in place; returns the norms of the dense ones and of the tables', unclipped.
 
-    `adamw` updates the whole table. `row_adam` updates the rows that any token chose in this step, masked tokens too,
-    and changes neither the values nor the moments of the others; the bias correction counts all steps in both.
+    Each memory is clipped by the norm of its own tables. `adamw` updates whole tables. `row_adam` updates the rows
+    that any token chose in this step, masked tokens too, and changes neither the values nor the moments of the others;
+    the bias correction counts all steps in both.
     """
     if memory_optimizer not in ("adamw", "row_adam"):
         raise ValueError(f"memory_optimizer={memory_optimizer!r} is not known; use 'adamw' or 'row_adam'.")
     state.step += 1
-    dense = {name: grad for name, grad in grads.items() if name != VALUES}
-    table = {name: grad for name, grad in grads.items() if name == VALUES}
-    dense_norm, table_norm = global_norm(dense), global_norm(table)
-    clipped = clip(dense, dense_norm, optim.clip_grad) | clip(table, table_norm, optim.memory_clip_grad)
+    memory_of = {
+        f"{memory.name}.{table}": memory
+        for memory in (config, *config.more_memories)
+        for table in ("values", "down")
+        if memory.memory_layers
+    }
+    dense = {name: grad for name, grad in grads.items() if name not in memory_of}
+    tables = {name: grad for name, grad in grads.items() if name in memory_of}
+    dense_norm, table_norm = global_norm(dense), global_norm(tables)
+    clipped = clip(dense, dense_norm, optim.clip_grad)
+    for memory in dict.fromkeys(memory_of.values()):
+        own = {name: grad for name, grad in tables.items() if memory_of[name] is memory}
+        clipped |= clip(own, global_norm(own), optim.memory_clip_grad)
 
     for name, grad in clipped.items():
         rows, lr, decay = slice(None), optim.lr, optim.weight_decay
         if params[name].dim() == 1:
             # As in megatron, norms and biases do not decay.
             decay = 0.0
-        if name == VALUES:
+        if name in memory_of:
             lr, decay = optim.memory_lr, optim.memory_weight_decay
             if memory_optimizer == "row_adam":
-                rows = torch.cat([slot.flatten() for batch in slots for slot in batch.values()]).unique()
+                layers = memory_of[name].memory_layers
+                rows = torch.cat([batch[layer].flatten() for batch in slots for layer in layers]).unique()
         first = state.first.setdefault(name, torch.zeros_like(grad))
         second = state.second.setdefault(name, torch.zeros_like(grad))
         updated = adamw(params[name], grad, first, second, lr, decay, optim, state.step)
@@ -299,6 +343,6 @@ def step(
         each memory layer, which another run can take as `replay`.
     """
     total, grads, slots = gradients(params, batches, config, replay)
-    grad_norm, memory_grad_norm = update(params, grads, slots, state, optim, memory_optimizer)
+    grad_norm, memory_grad_norm = update(params, grads, slots, state, config, optim, memory_optimizer)
     norms = {"grad_norm": grad_norm.item(), "memory_grad_norm": memory_grad_norm.item()}
     return {"loss": total.item(), **norms, "slots": slots}

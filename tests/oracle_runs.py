@@ -1,12 +1,16 @@
 """A run's settings in the words of the oracle, which knows nothing of mempar."""
 
+from typing import Any
+
 import oracle
+from mempar.memory.config import MemoryConfig
 from mempar.runtime.config import RunConfig
 
 
 def oracle_config(run: RunConfig) -> oracle.OracleConfig:
     """Say a run's model as the oracle says it."""
-    model, memory = run.model, run.memory
+    model = run.model
+    shapes = [_shape(name, memory) for name, memory in run.memories.items()]
     return oracle.OracleConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -16,26 +20,35 @@ def oracle_config(run: RunConfig) -> oracle.OracleConfig:
         rotary_base=model.rotary_base,
         norm_epsilon=model.norm_epsilon,
         tie_embeddings=model.tie_embeddings,
-        memory_layers=memory.layers if memory.enabled else (),
-        variant=memory.variant,
-        num_subkeys=memory.num_subkeys,
-        heads=memory.heads,
-        top_k=memory.top_k,
-        qk_norm=memory.qk_norm,
-        scalar_gate=memory.scalar_gate,
+        more_memories=tuple(oracle.MemoryShape(**shape) for shape in shapes[1:]),
+        **(shapes[0] if shapes else {}),
     )
 
 
+def _shape(name: str, memory: MemoryConfig) -> dict[str, Any]:
+    return {
+        "name": name,
+        "memory_layers": memory.layers,
+        "variant": memory.variant,
+        "beside": memory.beside,
+        "num_subkeys": memory.num_subkeys,
+        "heads": memory.heads,
+        "top_k": memory.top_k,
+        "qk_norm": memory.qk_norm,
+        "scalar_gate": memory.scalar_gate,
+    }
+
+
 def oracle_optim(run: RunConfig) -> oracle.OptimConfig:
-    """Say a run's optimizers as the oracle says them."""
-    optim = run.optim
+    """Say a run's optimizers as the oracle says them; all memories have the first one's settings."""
+    optim, memory = run.optim, run.memory
     return oracle.OptimConfig(
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         clip_grad=optim.clip_grad,
-        memory_lr=run.values_lr,
-        memory_weight_decay=run.values_weight_decay,
-        memory_clip_grad=run.memory.clip_grad,
+        memory_lr=run.values_lr_of(memory),
+        memory_weight_decay=run.values_weight_decay_of(memory),
+        memory_clip_grad=memory.clip_grad,
     )

@@ -62,9 +62,9 @@ class Counting:
     """Actual counts of a run, from the slots that its ranks recorded."""
 
     def __init__(self, history: History, placement: Placement) -> None:
-        assert placement.plan is not None
         self.run, self.trace = history.run, history.trace
-        self.grid, self.plan = placement.grid, placement.plan
+        self.grid, self.plan = placement.grid, placement.memories["memory"].plan
+        self.groups = self.grid.memory_groups(placement.table_stages)
         self.tp, self.shared_lookup = history.run.parallel.tp, not history.run.parallel.sequence_parallel
         self.reads = history.run.memory.heads * history.run.memory.top_k
 
@@ -95,7 +95,7 @@ class Counting:
         """Bytes that a rank sends in one step, by phase, after the formulas."""
         self.step = step
         total: Counter[str] = Counter()
-        group = next((ranks for ranks in self.grid.memory_groups() if rank in ranks), None)
+        group = next((ranks for ranks in self.groups if rank in ranks), None)
         if group is None:
             return total
         value_bytes = self.run.value_bytes
@@ -125,7 +125,7 @@ class Counting:
                 )
                 total.update(token_gather=outputs, score_gather=scores)
         start, stop = self.plan.columns_of(member)
-        copies = len(self.grid.memory_groups())
+        copies = len(self.groups)
         total["copy_sync"] += copy_sync_bytes(
             copies, len(touched), num_columns=stop - start, grad_bytes=max(4, value_bytes)
         )

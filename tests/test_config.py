@@ -12,7 +12,7 @@ from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
 from mempar.runtime.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from mempar.runtime.overrides import known_keys, load_yaml, override, to_yaml
-from mempar.runtime.placement import place, stage_of_layer, with_micro_batch
+from mempar.runtime.placement import Placement, place, stage_of_layer, with_micro_batch
 from mempar.runtime.schedule import lr_factor
 
 MODEL = ModelConfig(num_layers=24, hidden_size=64, num_attention_heads=4, ffn_hidden_size=96)
@@ -84,9 +84,10 @@ def test_config_refuses_with_the_numbers(make: object, message: str) -> None:
 
 def test_run_config_derives_what_is_not_set() -> None:
     run = replace(BASE, optim=OptimConfig(lr=0.25, weight_decay=0.5))
-    assert (run.values_lr, run.values_weight_decay, run.value_dim) == (2.5, 0.5, 64)
-    run = replace(run, memory=replace(MEMORY, lr=0.125, weight_decay=0.0, value_dim=16))
-    assert (run.values_lr, run.values_weight_decay, run.value_dim) == (0.125, 0.0, 16)
+    derived = (run.values_lr_of(MEMORY), run.values_weight_decay_of(MEMORY), run.value_dim_of(MEMORY))
+    assert derived == (2.5, 0.5, 64)
+    own = replace(MEMORY, lr=0.125, weight_decay=0.0, value_dim=16)
+    assert (run.values_lr_of(own), run.values_weight_decay_of(own), run.value_dim_of(own)) == (0.125, 0.0, 16)
     bytes_of = {dtype: replace(run, train=TrainConfig(dtype=dtype)).value_bytes for dtype in ("float64", "bf16")}
     assert bytes_of == {"float64": 8, "bf16": 2}
     assert ModelConfig(num_attention_heads=6, num_query_groups=0).query_groups == 6
@@ -292,7 +293,7 @@ def test_memory_layers_share_a_stage_in_the_layouts_of_the_design(
             train=TrainConfig(global_batch_size=pp, seq_length=32),
         )
         placement = place(run, pp)
-        assert placement.grid.table_stages == tuple(sorted(stages))
+        assert placement.table_stages == tuple(sorted(stages))
         if len(stages) == 1:
             found.add((pp, vpp))
             assert f"table on stage {min(stages)} of {pp}" in placement.reason
@@ -302,31 +303,36 @@ def test_memory_layers_share_a_stage_in_the_layouts_of_the_design(
     assert found == together
 
 
+def shards(placement: Placement) -> tuple[int, int]:
+    plan = placement.memories["memory"].plan
+    return plan.num_row_shards, plan.num_column_shards
+
+
 def test_place_cuts_columns_or_rows_by_the_bytes_they_send() -> None:
     # 2 D b = 512 against (e + s) M = 96 bytes: columns; with 48 reads 576: rows.
     columns = place(BASE.with_parallel(mp=4), 4)
-    assert (columns.plan.num_row_shards, columns.plan.num_column_shards) == (1, 4)
+    assert shards(columns) == (1, 4)
     assert (columns.grid.mp_rows, columns.grid.mp_columns) == (1, 4)
     assert "4 column shards" in columns.reason and "D=64, M=8" in columns.reason
     many_reads = replace(BASE, memory=replace(MEMORY, heads=12))
     rows = place(many_reads.with_parallel(mp=4), 4)
-    assert (rows.plan.num_row_shards, rows.plan.num_column_shards) == (4, 1)
+    assert shards(rows) == (4, 1)
     assert "4 row shards" in rows.reason and "M=48" in rows.reason
     wide_tiles = replace(BASE, memory=replace(MEMORY, column_tile=32))
     rows = place(wide_tiles.with_parallel(mp=4), 4)
-    assert rows.plan.num_row_shards == 4
+    assert shards(rows) == (4, 1)
     assert "only 2 column tiles" in rows.reason
     grid = place(BASE.with_parallel(mp=4, mp_rows=2), 8)
-    assert (grid.plan.num_row_shards, grid.plan.num_column_shards, grid.grid.dp) == (2, 2, 8)
+    assert (*shards(grid), grid.grid.dp) == (2, 2, 8)
     assert "2 row x 2 column shards as set" in grid.reason
-    plan = grid.plan
+    plan = grid.memories["memory"].plan
     assert (plan.num_slots, plan.value_dim, plan.column_tile) == (64, 64, 8)
 
 
 def test_place_of_a_dense_model_has_no_table() -> None:
     dense = replace(BASE, memory=MemoryConfig(enabled=False))
     placement = place(dense, 2)
-    assert placement.plan is None and placement.grid.table_stages == ()
+    assert placement.memories == {} and placement.table_stages == ()
     with pytest.raises(ConfigError, match=r"parallel\.mp=2 with memory\.enabled=false"):
         place(dense.with_parallel(mp=2), 2)
 

@@ -9,10 +9,10 @@ from rank_pool import RankPool
 
 def joined_ranks(mp: int, mp_rows: int) -> tuple[list[int], list[int]]:
     """World ranks of this rank's memory and copy groups, as torch sees them."""
-    grid = RankGrid(world=dist.get_world_size(), mp=mp, mp_rows=mp_rows, table_stages=(0,))
-    groups, made = make_memory_groups(grid, dist.get_rank(), None)
+    grid = RankGrid(world=dist.get_world_size(), mp=mp, mp_rows=mp_rows)
+    groups, made = make_memory_groups(grid, dist.get_rank(), [(0,)], None)
     lists = []
-    for group in (groups.memory, groups.copies):
+    for group in (groups.memory, *groups.copies):
         ranks = [dist.get_rank()] if group.process_group is None else dist.get_process_group_ranks(group.process_group)
         assert ranks.index(dist.get_rank()) == group.rank and len(ranks) == group.size
         lists.append(ranks)

@@ -21,7 +21,8 @@ from mempar.runtime.blocks import RMSNorm
 from mempar.runtime.bringup import check_engine, tear_down
 from mempar.runtime.config import RunConfig
 from mempar.runtime.logical import logical_parameters
-from mempar.runtime.model import MemoryMLP, transformer_config
+from mempar.runtime.memory_mlp import MemoryMLP
+from mempar.runtime.model import transformer_config
 from rank_pool import RankPool
 from toy import TABLE, Session, batches_of, joined, toy_run, train
 
@@ -238,8 +239,7 @@ def test_memory_blocks_are_normed_where_the_norm_is_fused_into_the_mlp(pool: Ran
 def table_aliases(run: RunConfig) -> list[str]:
     """Names of parameters and buffers of the model that share memory with the table."""
     session = Session(run)
-    assert session.model.table is not None
-    storage = session.model.table.values.untyped_storage().data_ptr()
+    storage = session.model.tables[0].shard.values.untyped_storage().data_ptr()
     found = [
         name
         for chunk in session.model.wrapped

@@ -17,7 +17,7 @@ from mempar.memory import initial, optimizer
 from mempar.memory.config import MemoryConfig
 from mempar.memory.initial import hashed_normal, table_values
 from mempar.memory.layer import MemoryLayer, initial_value
-from mempar.memory.lookup import LocalReader, SilentReader
+from mempar.memory.lookup import LocalReader, Readers, SilentReader
 from mempar.memory.optimizer import AdamSettings, TableAdam
 from mempar.memory.values import ValueShard
 from mempar.runtime.config import ModelConfig, RunConfig
@@ -34,6 +34,8 @@ LAYERS = pytest.mark.parametrize(
         {"variant": "memory_plus", "value_dim": VALUE_WIDTH, "qk_norm": True},
         {"variant": "memory_plus", "value_dim": VALUE_WIDTH, "scalar_gate": True},
         {"variant": "memory_plus", "qk_norm": True, "scalar_gate": True},
+        {"variant": "peer"},
+        {"variant": "peer", "qk_norm": True, "scalar_gate": True},
     ],
     ids=lambda extras: "-".join(name if value is True else str(value) for name, value in extras.items()),
 )
@@ -153,25 +155,28 @@ def test_table_values_differ_when_seed_differs(fresh_seed: int) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 7])
 def test_memory_layer_matches_oracle(extras: dict, num_tokens: int) -> None:
     config = MemoryConfig(**SMALL, **extras)
-    layer, shard = random_layer(config), whole_shard(config.num_slots, config.value_dim or WIDTH)
+    layer = random_layer(config)
+    shards = {name: whole_shard(config.num_slots, config.value_dim or WIDTH) for name in config.table_names}
     x = torch.randn(num_tokens, WIDTH, dtype=torch.float64, requires_grad=True)
-    values = shard.values.clone().requires_grad_()
-    params = oracle_params(layer, values)
+    tables = {f"memory.{name}": shard.values.clone().requires_grad_() for name, shard in shards.items()}
+    params = oracle_params(layer, tables[oracle.VALUES]) | tables
     expected, slots = oracle.memory_layer(params, "mlp", x, oracle_config(config))
     cotangent = torch.randn_like(expected)
     names = list(params)
     *truth, truth_x = torch.autograd.grad(expected, [*params.values(), x], cotangent)
 
     chosen: list[Tensor] = []
-    out = layer(x, LocalReader(shard), lambda slot: None if slot is None else chosen.append(slot))
+    readers = Readers(**{name: LocalReader(shard) for name, shard in shards.items()})
+    out = layer(x, readers, lambda slot: None if slot is None else chosen.append(slot))
     assert torch.equal(chosen[0], slots)
     assert_same(out, expected)
     out.backward(cotangent)
     assert_same(x.grad, truth_x)
     for name, grad in zip(names, truth, strict=True):
-        if name != oracle.VALUES:
+        if name in tables:
+            assert_same(dense_gradient(shards[name.removeprefix("memory.")]), grad)
+        else:
             assert_same(layer.get_parameter(name.removeprefix("mlp.")).grad, grad)
-    assert_same(dense_gradient(shard), truth[names.index(oracle.VALUES)])
 
 
 def test_memory_layer_reads_replayed_slots() -> None:
@@ -185,7 +190,7 @@ def test_memory_layer_reads_replayed_slots() -> None:
         seen.append(slot)
         return replay
 
-    out = layer(x, LocalReader(shard), hook)
+    out = layer(x, Readers(values=LocalReader(shard)), hook)
     params = oracle_params(layer, shard.values)
     assert_same(out, oracle.memory_layer(params, "mlp", x, oracle_config(config), replay)[0])
     assert seen[0] is None and torch.equal(seen[1], replay)
@@ -206,7 +211,7 @@ def test_shared_table_collects_every_deposit_once() -> None:
     first, second = random_layer(config), random_layer(config)
     shard = whole_shard(config.num_slots, VALUE_WIDTH)
     values = shard.values.clone().requires_grad_()
-    reader, truth = LocalReader(shard), torch.zeros_like(values)
+    reader, truth = Readers(values=LocalReader(shard)), torch.zeros_like(values)
     for num_tokens in (4, 1, 9):
         x = torch.randn(num_tokens, WIDTH, dtype=torch.float64)
         weight = torch.rand(num_tokens, 1, dtype=torch.float64)
@@ -226,10 +231,10 @@ def test_nothing_is_deposited_before_backward_or_without_gradients() -> None:
     config = MemoryConfig(**SMALL, variant="memory")
     layer, shard = random_layer(config), whole_shard(config.num_slots, WIDTH)
     x = torch.randn(3, WIDTH, dtype=torch.float64)
-    out = layer(x, LocalReader(shard))
+    out = layer(x, Readers(values=LocalReader(shard)))
     assert shard.record_bytes == 0
     with torch.no_grad():
-        assert torch.equal(layer(x, LocalReader(shard)), out)
+        assert torch.equal(layer(x, Readers(values=LocalReader(shard))), out)
     assert shard.record_bytes == 0
     out.sum().backward()
     # Per read a row, a weight and a bag; per token an output gradient.
@@ -242,17 +247,19 @@ def test_recomputation_deposits_once(use_reentrant: bool) -> None:
     config = MemoryConfig(**SMALL, variant="memory")
     layer, shard = random_layer(config), whole_shard(config.num_slots, WIDTH)
     x = torch.randn(5, WIDTH, dtype=torch.float64, requires_grad=True)
-    layer(x, LocalReader(shard)).square().sum().backward()
+    layer(x, Readers(values=LocalReader(shard))).square().sum().backward()
     plain = dense_gradient(shard)
-    checkpoint(layer, x, LocalReader(shard), use_reentrant=use_reentrant).square().sum().backward()
+    checkpoint(layer, x, Readers(values=LocalReader(shard)), use_reentrant=use_reentrant).square().sum().backward()
     assert torch.equal(dense_gradient(shard), plain)
 
 
 def test_local_reader_takes_no_tokens() -> None:
     shard = whole_shard(25, 7)
     weight = torch.zeros(0, 6, dtype=torch.float64, requires_grad=True)
-    out = LocalReader(shard).read(torch.zeros(0, 6, dtype=torch.int64), weight)
+    none = torch.zeros(0, 6, dtype=torch.int64)
+    out = LocalReader(shard).read(none, weight)
     assert out.shape == (0, 7)
+    assert LocalReader(shard).dot(none, out.detach()).shape == (0, 6)
     out.sum().backward()
     assert weight.grad.shape == (0, 6)
     rows, grad = shard.take_gradient()
@@ -290,7 +297,7 @@ def test_silent_reader_answers_zeros() -> None:
     out = reader.read(torch.zeros(4, 6, dtype=torch.int64), torch.full((4, 6), torch.nan))
     assert torch.equal(out, torch.zeros(4, VALUE_WIDTH))
     x = torch.randn(4, WIDTH, dtype=torch.float64)
-    assert torch.equal(layer(x, reader), layer.output_proj.bias.expand(4, WIDTH))
+    assert torch.equal(layer(x, Readers(values=reader)), layer.output_proj.bias.expand(4, WIDTH))
 
 
 def touched_rows(num_rows: int, num_touched: int) -> Tensor:
@@ -340,7 +347,8 @@ def test_table_optimizer_matches_oracle(
         before = {"values": values, **table.state}
         before = {name: tensor.clone() for name, tensor in before.items()}
         slots = [{0: rows.long().repeat(2)}] if num_touched else [{0: torch.zeros(0, dtype=torch.int64)}]
-        oracle.update(params, {oracle.VALUES: dense}, slots, state, optim, memory_optimizer)
+        config = oracle_config(MemoryConfig(**SMALL))
+        oracle.update(params, {oracle.VALUES: dense}, slots, state, config, optim, memory_optimizer)
         table.update(rows, grad, lr)
         assert_same(values, params[oracle.VALUES], 1e-13)
         assert_same(table.state["exp_avg"], state.first[oracle.VALUES], 1e-13)

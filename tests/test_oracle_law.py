@@ -43,6 +43,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "memory_plus-adamw-untied-mha": {"optimizer": "adamw"},
     "memory_plus-row_adam-tied-mha-norms-gate": {"tied": True, "extras": True},
     "memory_plus-adamw-untied-gqa-norms-gate": {"optimizer": "adamw", "ragged": True, "extras": True},
+    "peer-row_adam-untied-gqa": {"kind": "peer", "ragged": True},
+    "peer-adamw-tied-mha-norms-gate": {"kind": "peer", "optimizer": "adamw", "tied": True, "extras": True},
+    "beside-row_adam-untied-gqa": {"kind": "beside", "ragged": True},
+    "two-row_adam-untied-mha": {"kind": "two"},
 }
 
 
@@ -51,7 +55,7 @@ def oracle_batches(run: RunConfig, step: int) -> list[oracle.Batch]:
 
 
 def oracle_slots(run: RunConfig, trace: SlotTrace, step: int) -> list[oracle.Slots]:
-    layers = run.memory.layers if run.memory.enabled else ()
+    layers = [layer for memory in run.memories.values() for layer in memory.layers]
     return [
         {
             layer: torch.from_numpy(np.stack([trace.slots[step, layer, sample] for sample in batch.sample_ids])).long()

@@ -107,13 +107,14 @@ def watch(run: RunConfig, steps: int, control: bool = False) -> Watched:
     with patch.object(ValueShard, "take_gradient", take_densely if control else take), training:
         for step in range(steps):
             session.step(step)
-    table, optimizer = session.model.table, session.optimizers.table
     tear_down(session.world)
-    if table is None or optimizer is None:
+    if not session.model.tables:
         return Watched(0, building.largest, training.largest)
-    state_bytes = sum(state.untyped_storage().nbytes() for state in optimizer.state.values())
-    table_bytes = table.values.untyped_storage().nbytes()
-    return Watched(table.values.numel(), building.largest, training.largest, table_bytes, state_bytes)
+    (table,) = session.model.tables
+    values, states = table.shard.values, session.optimizers.tables[table.name].state.values()
+    state_bytes = sum(state.untyped_storage().nbytes() for state in states)
+    table_bytes = values.untyped_storage().nbytes()
+    return Watched(values.numel(), building.largest, training.largest, table_bytes, state_bytes)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +123,8 @@ def watch(run: RunConfig, steps: int, control: bool = False) -> Watched:
 def test_ranks_allocate_their_share_and_no_more(layout: str, dtype: str, pool: RankPool) -> None:
     world_size, sizes = LAYOUTS[layout]
     run = large_table(128, dtype=dtype, **sizes)
-    plan = place(run, world_size).plan
-    assert plan is not None
+    placement = place(run, world_size)
+    plan = placement.memories["memory"].plan
     whole = plan.num_slots * plan.value_dim
     seen = pool.run(world_size, watch, run, 2)
     for rank in seen:
@@ -134,7 +135,7 @@ def test_ranks_allocate_their_share_and_no_more(layout: str, dtype: str, pool: R
             assert rank.state_bytes == (8 if dtype == "float32" else 12) * rank.shard_elements
             assert rank.building[0] <= rank.shard_elements, rank.building
             assert rank.training[0] < rank.shard_elements // 2, rank.training
-    copies = len(place(run, world_size).grid.memory_groups())
+    copies = len(placement.grid.memory_groups(placement.table_stages))
     assert sum(rank.shard_elements for rank in seen) == copies * whole
 
 

@@ -19,7 +19,7 @@ def count_built(run: RunConfig) -> tuple[int, int]:
     world = bringup.lay_out(run)
     model = build_model(run, world, 61)
     dense = sum(param.numel() for chunk in model.chunks for param in chunk.parameters())
-    table = model.table.values.numel() if model.table is not None else 0
+    table = sum(table.shard.values.numel() for table in model.tables)
     bringup.tear_down(world)
     return dense, table
 
@@ -30,8 +30,10 @@ def count_built(run: RunConfig) -> tuple[int, int]:
         (False, {"enabled": False}),
         (True, {"variant": "memory", "layers": (2,)}),
         (False, {"layers": (1, 2, 3), "value_dim": 20, "qk_norm": True, "scalar_gate": True}),
+        (False, {"variant": "peer", "layers": (1, 3)}),
+        (False, {"layers": (1, 2), "beside": True}),
     ],
-    ids=["dense", "memory", "memory_plus"],
+    ids=["dense", "memory", "memory_plus", "peer", "beside"],
 )
 def test_counts_equal_the_built_model(pool: RankPool, tied: bool, memory: dict[str, Any]) -> None:
     shape = {"num_subkeys": 8, "heads": 2, "top_k": 4, "key_dim": 8, "column_tile": 4}

@@ -176,7 +176,7 @@ def test_layout_json_shows_disjoint_slices_that_cover_the_table(
     report = json.loads((tmp_path / "run" / "layout.json").read_text())
     covered = np.zeros((81, 24), dtype=int)
     for row in report["ranks"]:
-        table = row["table"]
+        table = row["tables"]["memory.values"]
         covered[slice(*table["rows"]), slice(*table["columns"])] += 1
         height, width = table["rows"][1] - table["rows"][0], table["columns"][1] - table["columns"][0]
         assert table["bytes"] == height * width * 8
@@ -260,13 +260,13 @@ def spoil_and_step(yaml: str) -> list[Any]:
     run = load_yaml(Path(yaml))
     world = bringup.lay_out(run)
     trainer = Trainer(run, world, RunDir(Path(yaml).parent), None)
-    assert trainer.model.table is not None
-    before = trainer.model.table.values.clone()
+    shard = trainer.model.tables[0].shard
+    before = shard.values.clone()
     if world.rank == 1:
-        take = trainer.model.table.take_gradient
-        trainer.model.table.take_gradient = lambda: (lambda rows, grad: (rows, grad * float("nan")))(*take())  # type: ignore[method-assign]
+        take = shard.take_gradient
+        shard.take_gradient = lambda: (lambda rows, grad: (rows, grad * float("nan")))(*take())  # type: ignore[method-assign]
     trainer._step()
-    unchanged = torch.equal(before, trainer.model.table.values)
+    unchanged = torch.equal(before, shard.values)
     bringup.tear_down(world)
     return [unchanged, trainer.progress.skipped, trainer.progress.step]
 

@@ -24,7 +24,7 @@ from mempar.runtime.config import ModelConfig, OptimConfig, ParallelConfig, RunC
 from mempar.runtime.data import Batch, micro_batches
 from mempar.runtime.logical import LogicalParameter, logical_parameters
 from mempar.runtime.model import Model, build_model
-from mempar.runtime.optim import Optimizers, StepReport
+from mempar.runtime.optim import Optimizers, RowGradient, StepReport
 from mempar.runtime.slot_trace import SlotTrace, SlotTracer
 from mempar.runtime.step import Stepper
 
@@ -47,7 +47,8 @@ def toy_run(
     """Make a toy configuration.
 
     Args:
-        kind: `dense`, `memory` or `memory_plus`.
+        kind: `dense`, `memory`, `memory_plus` or `peer`; `beside` is memory_plus beside the FFN; `two` is a memory_plus
+            and a smaller PEER memory in one model.
         optimizer: of the table.
         tied: whether embeddings are tied.
         ragged: sizes that shards do not divide (S = 169, D = 29 or 32 in tiles of 5, odd sequences) with
@@ -70,21 +71,8 @@ def toy_run(
             vocab_multiple=16,
             tie_embeddings=tied,
         ),
-        memory=MemoryConfig(
-            enabled=kind != "dense",
-            variant="memory_plus" if kind == "dense" else kind,
-            # (1, 3) lie on one stage of pp=2 vpp=2, (1, 2, 3) never do.
-            layers=(1, 3) if kind == "memory" else (1, 2, 3),
-            num_subkeys=13 if ragged else 12,
-            heads=2,
-            top_k=4,
-            key_dim=16,
-            value_dim=29 if ragged and kind == "memory_plus" else 0,
-            qk_norm=extras,
-            scalar_gate=extras,
-            optimizer=optimizer,
-            column_tile=5 if ragged else 4,
-        ),
+        memory=toy_memory(kind, optimizer=optimizer, ragged=ragged, extras=extras),
+        more_memories=() if kind != "two" else (_second_memory(optimizer, ragged),),
         train=TrainConfig(
             dtype=dtype,
             seq_length=odd_length if ragged else 16,
@@ -94,6 +82,33 @@ def toy_run(
         optim=OptimConfig(lr=3e-4),
         parallel=ParallelConfig(**parallel),  # type: ignore[arg-type]
     )
+
+
+def toy_memory(kind: str, *, optimizer: str, ragged: bool, extras: bool) -> MemoryConfig:
+    """The memory of a toy run; arguments as in `toy_run`."""
+    plus = kind in ("dense", "memory_plus", "beside", "two")
+    return MemoryConfig(
+        enabled=kind != "dense",
+        variant="memory_plus" if plus else kind,
+        # (1, 3) lie on one stage of pp=2 vpp=2, (1, 2, 3) never do.
+        layers=(1, 2, 3) if plus and kind != "two" else (1, 3),
+        beside=kind == "beside",
+        num_subkeys=13 if ragged else 12,
+        heads=2,
+        top_k=4,
+        key_dim=16,
+        value_dim=29 if ragged and plus else 0,
+        qk_norm=extras,
+        scalar_gate=extras,
+        optimizer=optimizer,
+        column_tile=5 if ragged else 4,
+    )
+
+
+def _second_memory(optimizer: str, ragged: bool) -> MemoryConfig:
+    """A smaller memory in block 2, on another stage than the first."""
+    small = toy_memory("peer", optimizer=optimizer, ragged=ragged, extras=False)
+    return replace(small, layers=(2,), num_subkeys=9, heads=3, top_k=3)
 
 
 class RandomSamples:
@@ -140,10 +155,10 @@ class Seen:
         reports: one a step.
         gradients: of the first step, unclipped, by global name and whole; of the parameters on this rank.
         parameters: the same, final values (initial ones before any step).
-        shard: the part of the table on this rank; None without one.
-        table_rows: `[U]`, rows of the shard touched in the first step, as reduced over replicas and copies.
-        table_grad: `[U, D_j]`, their gradients.
-        table: `[S_i, D_j]`, final values of the shard.
+        shards: the parts of the tables on this rank, by the tables' names.
+        row_gradients: of each table in the first step, as reduced over replicas and copies: touched rows `[U]` of the
+            shard and their gradients `[U, D_j]`.
+        tables: `[S_i, D_j]`, final values of the shards.
         trace: slots read by this rank.
         extra: what an observer noted.
         digests: of everything that several ranks hold alike, by name.
@@ -152,10 +167,9 @@ class Seen:
     reports: list[StepReport] = field(default_factory=list)
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     parameters: dict[str, np.ndarray] = field(default_factory=dict)
-    shard: TableSlice | None = None
-    table_rows: np.ndarray | None = None
-    table_grad: np.ndarray | None = None
-    table: np.ndarray | None = None
+    shards: dict[str, TableSlice] = field(default_factory=dict)
+    row_gradients: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    tables: dict[str, np.ndarray] = field(default_factory=dict)
     trace: SlotTrace = field(default_factory=SlotTrace)
     extra: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
@@ -168,15 +182,14 @@ class Watched(Optimizers):
         super().__init__(run, world, model)
         self.seen, self.watching = seen, True
 
-    def _apply(
-        self, factor: float, grad_norm: float, memory_grad_norm: float, rows: Tensor | None, grads: Tensor | None
-    ) -> None:
+    def _apply(self, factor: float, report: StepReport, gradients: dict[str, RowGradient]) -> None:
         if self.watching:
             self.watching = False
             self.seen.gradients = whole_parameters(self.run, self.model, finalised_gradients(self.run, self.model))
-            if rows is not None and grads is not None:
-                self.seen.table_rows, self.seen.table_grad = rows.numpy().copy(), grads.numpy().copy()
-        super()._apply(factor, grad_norm, memory_grad_norm, rows, grads)
+            self.seen.row_gradients = {
+                name: (rows.numpy().copy(), grads.numpy().copy()) for name, (rows, grads) in gradients.items()
+            }
+        super()._apply(factor, report, gradients)
 
 
 def finalised_gradients(run: RunConfig, model: Model) -> Callable[[LogicalParameter], Tensor]:
@@ -243,12 +256,12 @@ def train(
         seen.reports.append(session.step(step))
     if "slots" in keep:
         seen.trace = session.tracer.recorded
-    shard = session.model.table
-    if shard is not None:
-        seen.shard = shard.part
+    seen.shards = {table.name: table.shard.part for table in session.model.tables}
     if "parameters" in keep:
         seen.parameters = whole_parameters(run, session.model, lambda logical: logical.param)
-        seen.table = None if shard is None else shard.values.to(_readable(shard.values)).numpy().copy()
+        for table in session.model.tables:
+            values = table.shard.values
+            seen.tables[table.name] = values.to(_readable(values)).numpy().copy()
     seen.digests = digests(session)
     bringup.tear_down(session.world)
     return seen
@@ -266,8 +279,7 @@ class Session:
         self.stepper = Stepper(run, self.world, self.model, self.optimizers)
         self.grid = self.world.placement.grid
         self.tracer = SlotTracer.for_run(self.stepper, self.grid.tp_rank(self.world.rank), replay)
-        if self.model.access is not None:
-            self.model.access.hook_factory = self.tracer
+        self.model.hook_slots(self.tracer)
 
     def step(self, step: int) -> StepReport:
         self.tracer.step = step
@@ -289,11 +301,10 @@ def digests(session: Session) -> dict[str, str]:
         for logical in logical_parameters(chunk, tp=session.run.parallel.tp, tp_rank=tp_rank):
             place = "" if logical.dim is None else f" of tensor rank {tp_rank}"
             found[logical.name + place] = _digest(logical.param)
-    table, optimizer = session.model.table, session.optimizers.table
-    if table is not None and optimizer is not None:
-        found[f"{table.part}"] = _digest(table.values)
-        for name, state in optimizer.state.items():
-            found[f"{name} of {table.part}"] = _digest(state)
+    for table in session.model.tables:
+        found[f"{table.name} {table.shard.part}"] = _digest(table.shard.values)
+        for name, state in session.optimizers.tables[table.name].state.items():
+            found[f"{name} of {table.name} {table.shard.part}"] = _digest(state)
     return found
 
 
@@ -329,15 +340,15 @@ def joined(run: RunConfig, seen: list[Seen]) -> History:
                     np.testing.assert_array_equal(target[name], value, err_msg=f"{name} on rank {rank}")
                 target[name] = value
         trace.merge(view.trace)
-        part = view.shard
-        if part is None:
-            continue
-        columns = slice(part.column_start, part.column_end)
-        if view.table_rows is not None and view.table_grad is not None:
-            whole = gradients.setdefault(TABLE, np.zeros((part.num_slots, part.value_dim), view.table_grad.dtype))
-            whole[view.table_rows + part.row_start, columns] = view.table_grad
-        if view.table is not None:
-            whole = parameters.setdefault(TABLE, np.zeros((part.num_slots, part.value_dim), view.table.dtype))
-            whole[part.row_start : part.row_end, columns] = view.table
+        for name, part in view.shards.items():
+            columns = slice(part.column_start, part.column_end)
+            if name in view.row_gradients:
+                rows, grad = view.row_gradients[name]
+                whole = gradients.setdefault(name, np.zeros((part.num_slots, part.value_dim), grad.dtype))
+                whole[rows + part.row_start, columns] = grad
+            if name in view.tables:
+                values = view.tables[name]
+                whole = parameters.setdefault(name, np.zeros((part.num_slots, part.value_dim), values.dtype))
+                whole[part.row_start : part.row_end, columns] = values
     assert not trace.unrecorded()
     return History(run, seen[0].reports, gradients, parameters, trace, seen)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mempar.errors import ConfigError
 
-VARIANTS = ("memory", "memory_plus")
+VARIANTS = ("memory", "memory_plus", "peer")
 OPTIMIZERS = ("adamw", "row_adam")
 
 
@@ -19,14 +19,16 @@ class MemoryConfig:
 
     Attributes:
         enabled: False trains the dense model, with no memory layer at all.
-        variant: `memory` (the FFN is replaced by the lookup itself) or `memory_plus` (the lookup is
-            gated by silu and projected).
-        layers: 0-based numbers of the blocks whose FFN is replaced; all of them share one table.
+        variant: `memory` (the FFN is replaced by the lookup itself), `memory_plus` (the lookup is
+            gated by silu and projected) or `peer` (each slot is an expert of one neuron: a row that reads
+            the input and a row that is added; arXiv 2407.04153).
+        layers: 0-based numbers of the blocks whose FFN is replaced; all of them share the tables.
+        beside: leave the FFN of these blocks where it is and add the memory's output to its output.
         num_subkeys: N; the table has N * N slots.
         heads: H.
         top_k: K, at most N.
         key_dim: 2Q, the width of a whole key; even.
-        value_dim: D; 0 means the model's width. `memory` needs D equal to the model's width.
+        value_dim: D; 0 means the model's width. `memory` and `peer` need D equal to the model's width.
         qk_norm: RMS-normalise queries and keys before they meet.
         scalar_gate: scale the output by sigmoid of one learned projection of the input.
         optimizer: `adamw` (exact, dense) or `row_adam` (moments and values change in touched rows
@@ -40,6 +42,7 @@ class MemoryConfig:
     enabled: bool = True
     variant: str = "memory_plus"
     layers: tuple[int, ...] = ()
+    beside: bool = False
     num_subkeys: int = 1024
     heads: int = 4
     top_k: int = 32
@@ -87,6 +90,11 @@ class MemoryConfig:
                 )
         if not -math.inf < self.weight_decay < math.inf:
             raise ConfigError(f"memory.weight_decay={self.weight_decay} must be finite; a negative one takes optim's.")
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """The tables of this memory: `values`, and `down` where each slot reads the input too."""
+        return ("values", "down") if self.variant == "peer" else ("values",)
 
     @property
     def num_slots(self) -> int:

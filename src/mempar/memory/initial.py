@@ -49,8 +49,9 @@ def hashed_normal(seed: int, slot: Tensor, column: Tensor) -> Tensor:
     return radius.mul_(angle)
 
 
-def table_values(part: TableSlice, *, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the slice `[S_i, D_j]` of a table drawn from normal(0, D^-1/2)."""
+def table_values(part: TableSlice, *, seed: int, number: int = 0, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the slice `[S_i, D_j]` of table `number` of a model, drawn from normal(0, D^-1/2)."""
+    seed += number << 32
     values = torch.empty(part.num_rows, part.num_columns, dtype=dtype, device=device)
     column = torch.arange(part.column_start, part.column_end, device=device)
     rows_at_once = max(1, _CHUNK_ELEMENTS // max(1, part.num_columns))

@@ -1,8 +1,10 @@
 """The memory layer itself: queries, product-key lookup, weighted rows, gate.
 
-It stands where a block's feed-forward network stood and sees the same RMS-normed input. It holds
-its own queries and keys; the values belong to a table that several layers share and that it reaches
-through a `RowReader`. Definition: "Memory Layers at Scale" (arXiv 2412.09764), section 3.
+It stands where a block's feed-forward network stood, or beside it, and sees the same RMS-normed input.
+It holds its own queries and keys; the rows belong to tables that several layers share and that it
+reaches through `Readers`. Definition: "Memory Layers at Scale" (arXiv 2412.09764), section 3; with
+`peer` a slot is an expert of one neuron, `w gelu(u . x) v` ("Mixture of A Million Experts",
+arXiv 2407.04153, without its batch normalisation).
 """
 
 import math
@@ -14,14 +16,14 @@ from torch import Tensor, nn
 
 from mempar.kernels.product_topk import product_topk
 from mempar.memory.config import MemoryConfig
-from mempar.memory.lookup import RowReader
+from mempar.memory.lookup import Readers
 
 # Given the chosen slots [T, H, K], returns the slots to use: records or replays choices.
 SlotHook = Callable[[Tensor | None], Tensor | None]
 
 
 class MemoryLayer(nn.Module):
-    """Product-key memory in place of a feed-forward network."""
+    """Product-key memory in place of a feed-forward network or beside it."""
 
     def __init__(self, config: MemoryConfig, model_dim: int, norm_epsilon: float) -> None:
         """Allocate parameters; initial values are drawn by the runtime, by logical name.
@@ -66,16 +68,16 @@ class MemoryLayer(nn.Module):
         return slot_index, score.softmax(-1)
 
     def forward(
-        self, x: Tensor, reader: RowReader, hook: SlotHook | None = None, token_counts: list[int] | None = None
+        self, x: Tensor, readers: Readers, hook: SlotHook | None = None, token_counts: list[int] | None = None
     ) -> Tensor:
         """Read the memory.
 
         Args:
             x: `[T, C]`, RMS-normed.
-            reader: where the rows are.
+            readers: where the rows are.
             hook: called with None before the choice (returning slots replays them) and with the
                 chosen slots after it.
-            token_counts: passed on to the reader.
+            token_counts: passed on to the readers.
 
         Returns:
             `[T, C]`.
@@ -84,7 +86,12 @@ class MemoryLayer(nn.Module):
         slot_index, weight = self.choose(x, replayed)
         if hook is not None:
             hook(slot_index)
-        out = reader.read(slot_index.flatten(1), weight.flatten(1), token_counts).to(x.dtype)
+        slot_index, weight = slot_index.flatten(1), weight.flatten(1)
+        if self.config.variant == "peer":
+            assert readers.down is not None
+            hidden = readers.down.dot(slot_index, x, token_counts)
+            weight = weight * F.gelu(hidden.to(weight.dtype))
+        out = readers.values.read(slot_index, weight, token_counts).to(x.dtype)
         if self.config.variant == "memory_plus":
             out = self.output_proj(out * F.silu(self.gate_proj(x)))
         if self.config.scalar_gate:

@@ -33,10 +33,12 @@ class ValueShard:
         part: which rows and columns they are.
     """
 
-    def __init__(self, part: TableSlice, *, seed: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make the shard's initial values, which do not depend on how the table is cut."""
+    def __init__(
+        self, part: TableSlice, *, seed: int, number: int = 0, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Make the initial values of a shard of table `number`, which do not depend on how it is cut."""
         self.part = part
-        self.values = table_values(part, seed=seed, dtype=dtype, device=device)
+        self.values = table_values(part, seed=seed, number=number, dtype=dtype, device=device)
         self._records: list[_Record] = []
 
     def gather(self, row_index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -58,6 +60,34 @@ class ValueShard:
         grad = grad.contiguous()
         self._records.append(_Record(row_index, weight, bag_of_entries(offsets), grad))
         return gather_scores(self.values, row_index, offsets, grad)
+
+    def dot(self, row_index: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
+        """Multiply rows with the vector of their bag.
+
+        Args:
+            row_index: `[E] int32`, rows of this shard, entries of a bag together.
+            offsets: `[B + 1] int32`.
+            x: `[B, D_j]`, these columns of the bags' vectors.
+
+        Returns:
+            `[E]` partial products, from this shard's columns.
+        """
+        return gather_scores(self.values, row_index, offsets, x)
+
+    def dot_backward(self, row_index: Tensor, grad: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
+        """Deposit the rows' gradient of `dot` and return the vectors'.
+
+        Args:
+            row_index: as given to `dot`.
+            grad: `[E]`, gradient of the products.
+            offsets: as given to `dot`.
+            x: as given to `dot`.
+
+        Returns:
+            `[B, D_j]` partial gradient of `x`, from this shard's rows.
+        """
+        self._records.append(_Record(row_index, grad, bag_of_entries(offsets), x))
+        return weighted_gather(self.values, row_index, grad, offsets)
 
     def take_gradient(self) -> tuple[Tensor, Tensor]:
         """Reduce all records by row and forget them.

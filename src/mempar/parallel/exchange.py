@@ -10,6 +10,10 @@ An owner returns sums of rows, never rows. With one row shard (columns) every ra
 so counts and sizes are known and C is empty; with one column shard (rows) an entry has one owner; a
 grid is both at once. Row gradients are deposited where the rows are and do not travel.
 
+The transpose, rows times a vector of each token, takes the same roads: vectors travel as output
+gradients do (B1), products as score gradients (B2), and backward their gradients as weights (F1) and
+the vectors' as values (F2).
+
 Every member of the group must make the same calls in the same order, with no tokens too.
 """
 
@@ -41,6 +45,14 @@ class RowStore(Protocol):
         """Deposit row gradients; return the gradient of the weights."""
         ...
 
+    def dot(self, row_index: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
+        """Products of rows with the vector of their bag."""
+        ...
+
+    def dot_backward(self, row_index: Tensor, grad: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
+        """Deposit row gradients; return the gradient of the vectors."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
@@ -51,7 +63,6 @@ class _Request:
     receive_sizes: list[int]  # entries received from each member
     token_counts: list[int]  # tokens of each member
     row_index: Tensor  # [received E] int32
-    weight: Tensor  # [received E]
     offsets: Tensor  # [T_sum + 1] int32
 
 
@@ -87,26 +98,30 @@ class ShardedReader:
         """
         return _ShardedRead.apply(weight.to(self.store.values.dtype), slot_index, token_counts, self)
 
-    def request(self, slot_index: Tensor, weight: Tensor, token_counts: list[int] | None) -> _Request:
+    def dot(self, slot_index: Tensor, x: Tensor, token_counts: list[int] | None = None) -> Tensor:
+        """Multiply chosen rows with a vector of their token, wherever they lie.
+
+        Args:
+            slot_index: `[T, M] int64`, M equal on all members.
+            x: `[T, D]`; differentiable.
+            token_counts: as in `read`.
+
+        Returns:
+            `[T, M]` in the table's dtype.
+        """
+        return _ShardedDot.apply(x.to(self.store.values.dtype), slot_index, token_counts, self)
+
+    def request(self, slot_index: Tensor, token_counts: list[int] | None) -> _Request:
         """Phases C and F1: tell the owners which rows this rank wants."""
-        plan, group = self.plan, self.group
-        routed = route(slot_index, weight, self.row_cuts)
-        send_sizes = [routed.sizes[plan.row_shard(member)] for member in range(group.size)]
+        routed = route(slot_index, self.row_cuts)
+        send_sizes = [routed.sizes[self.plan.row_shard(member)] for member in range(self.group.size)]
         receive_sizes, token_counts = self._sizes(slot_index, send_sizes, token_counts)
-
-        def to_owners(buckets: list[Tensor], sizes: list[int]) -> Tensor:
-            send = torch.cat([buckets[plan.row_shard(member)] for member in range(group.size)])
-            return group.all_to_all(
-                send, [len(buckets[plan.row_shard(m)]) for m in range(group.size)], sizes, "entries"
-            )
-
-        row_index = to_owners(list(routed.row_index.split(routed.sizes)), receive_sizes)
-        received_weight = to_owners(list(routed.weight.split(routed.sizes)), receive_sizes)
+        row_index = self._to_owners(list(routed.row_index.split(routed.sizes)), receive_sizes)
         if routed.counts is None:
             reads = slot_index.shape[1]
             counts = torch.full((sum(token_counts),), reads, dtype=torch.int32, device=slot_index.device)
         else:
-            counts = to_owners(list(routed.counts), token_counts).int()
+            counts = self._to_owners(list(routed.counts), token_counts).int()
         offsets = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
         torch.cumsum(counts, 0, out=offsets[1:])
         return _Request(
@@ -115,9 +130,26 @@ class ShardedReader:
             receive_sizes=receive_sizes,
             token_counts=token_counts,
             row_index=row_index,
-            weight=received_weight,
             offsets=offsets,
         )
+
+    def send_weights(self, weight: Tensor, request: _Request) -> Tensor:
+        """Phase F1: give the owners the number of every entry.
+
+        Args:
+            weight: `[T, M]`.
+            request: where the entries went.
+
+        Returns:
+            `[received E]`.
+        """
+        routed = request.routed
+        return self._to_owners(list(routed.sort(weight.reshape(-1)).split(routed.sizes)), request.receive_sizes)
+
+    def _to_owners(self, buckets: list[Tensor], sizes: list[int]) -> Tensor:
+        """Send bucket i to the members of row shard i, of which there is one in each column shard."""
+        parts = [buckets[self.plan.row_shard(member)] for member in range(self.group.size)]
+        return self.group.all_to_all(torch.cat(parts), [len(part) for part in parts], sizes, "entries")
 
     def _sizes(
         self, slot_index: Tensor, send_sizes: list[int], token_counts: list[int] | None
@@ -198,15 +230,40 @@ class _ShardedRead(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, slot_index: Tensor, token_counts: list[int] | None, reader: ShardedReader
     ) -> Tensor:
-        request = reader.request(slot_index, weight.detach(), token_counts)
+        request = reader.request(slot_index, token_counts)
+        owner_weight = reader.send_weights(weight.detach(), request)
         ctx.reader, ctx.request, ctx.shape = reader, request, slot_index.shape
-        partial = reader.store.gather(request.row_index, request.weight, request.offsets)
+        ctx.save_for_backward(owner_weight)
+        partial = reader.store.gather(request.row_index, owner_weight, request.offsets)
         return reader.return_values(partial, request.token_counts, len(slot_index))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         reader, request = ctx.reader, ctx.request
+        (owner_weight,) = ctx.saved_tensors
         owner_grad = reader.send_output_grads(grad, request.token_counts)
-        score_grad = reader.store.backward(request.row_index, request.weight, request.offsets, owner_grad)
+        score_grad = reader.store.backward(request.row_index, owner_weight, request.offsets, owner_grad)
         return reader.return_score_grads(score_grad, request).view(ctx.shape), None, None, None
+
+
+class _ShardedDot(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, slot_index: Tensor, token_counts: list[int] | None, reader: ShardedReader
+    ) -> Tensor:
+        request = reader.request(slot_index, token_counts)
+        owner_x = reader.send_output_grads(x.detach(), request.token_counts)
+        ctx.reader, ctx.request, ctx.num_tokens = reader, request, len(slot_index)
+        ctx.save_for_backward(owner_x)
+        products = reader.store.dot(request.row_index, request.offsets, owner_x)
+        return reader.return_score_grads(products, request).view(slot_index.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        reader, request = ctx.reader, ctx.request
+        (owner_x,) = ctx.saved_tensors
+        owner_grad = reader.send_weights(grad, request)
+        partial = reader.store.dot_backward(request.row_index, owner_grad, request.offsets, owner_x)
+        return reader.return_values(partial, request.token_counts, ctx.num_tokens), None, None, None

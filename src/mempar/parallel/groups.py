@@ -4,6 +4,7 @@ Megatron's own groups are made by its parallel_state; these stand beside them. t
 every rank of the world takes part in making every group, in the same order.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -18,26 +19,28 @@ class MemoryGroups:
     """This rank's groups of the memory dimension.
 
     Attributes:
-        memory: the P ranks over which the table is cut.
-        copies: the ranks that hold the same shard (replicas and stage copies).
+        memory: the P ranks over which tables are cut.
+        copies: for each memory of the model, the ranks that hold the same shards of it (replicas and
+            stage copies).
         tensor: the tensor-parallel ranks, for the token split.
         ledger: bytes sent in all of them.
     """
 
     memory: MemberGroup
-    copies: MemberGroup
+    copies: tuple[MemberGroup, ...]
     tensor: MemberGroup
     ledger: ByteLedger
 
 
 def make_memory_groups(
-    grid: RankGrid, rank: int, tensor_group: dist.ProcessGroup | None
+    grid: RankGrid, rank: int, stages_of_memories: Sequence[tuple[int, ...]], tensor_group: dist.ProcessGroup | None
 ) -> tuple[MemoryGroups, list[dist.ProcessGroup]]:
     """Make the memory-parallel groups of the world; every rank must call it.
 
     Args:
         grid: sizes of all dimensions.
         rank: this world rank.
+        stages_of_memories: for each memory of the model, the pipeline stages that hold its tables.
         tensor_group: megatron's tensor-parallel group; None where there is one rank in it.
 
     Returns:
@@ -58,6 +61,9 @@ def make_memory_groups(
                 made.append(group)
         return MemberGroup(joined, ledger)
 
-    memory = join(grid.memory_groups())
-    copies = join(grid.copy_groups())
+    every_stage = tuple(sorted(set().union(*stages_of_memories)))
+    memory = join(grid.memory_groups(every_stage))
+    # Memories on the same stages have the same copies.
+    by_stages = {stages: join(grid.copy_groups(stages)) for stages in dict.fromkeys(stages_of_memories)}
+    copies = tuple(by_stages[stages] for stages in stages_of_memories)
     return MemoryGroups(memory=memory, copies=copies, tensor=MemberGroup(tensor_group, ledger), ledger=ledger), made

@@ -13,7 +13,7 @@ from mempar.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RankGrid:
-    """Sizes of all parallel dimensions of a run, and where its table lies.
+    """Sizes of all parallel dimensions of a run.
 
     Attributes:
         world: number of ranks.
@@ -22,7 +22,6 @@ class RankGrid:
         pp: pipeline-parallel size.
         mp: memory-parallel size P.
         mp_rows: row shards R; column shards are P / R.
-        table_stages: pipeline stages that hold a copy of the table, ascending; empty for a dense model.
     """
 
     world: int
@@ -31,7 +30,6 @@ class RankGrid:
     pp: int = 1
     mp: int = 1
     mp_rows: int = 1
-    table_stages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit each other."""
@@ -86,15 +84,15 @@ class RankGrid:
         """Position of a world rank in its memory-parallel group: the shard that it holds."""
         return rank % self.stage_size % self.mp
 
-    def memory_groups(self) -> list[list[int]]:
-        """World ranks of every memory-parallel group, of the stages that hold the table."""
+    def memory_groups(self, stages: tuple[int, ...]) -> list[list[int]]:
+        """World ranks of every memory-parallel group of some pipeline stages."""
         return [
             list(range(start, start + self.mp))
-            for stage in self.table_stages
+            for stage in stages
             for start in range(stage * self.stage_size, (stage + 1) * self.stage_size, self.mp)
         ]
 
-    def copy_groups(self) -> list[list[int]]:
-        """World ranks that hold the same shard: replicas of one stage and copies on other stages."""
-        groups = self.memory_groups()
+    def copy_groups(self, stages: tuple[int, ...]) -> list[list[int]]:
+        """World ranks that hold the same shard of a table on these stages: replicas, and copies on other stages."""
+        groups = self.memory_groups(stages)
         return [[group[shard] for group in groups] for shard in range(self.mp)] if groups else []

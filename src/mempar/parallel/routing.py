@@ -1,6 +1,6 @@
 """Sorting entries by the row shard that owns them.
 
-An entry is one weighted read: a slot and a weight. Entries are bucketed by owner, keeping the order
+An entry is one read of a slot, with a number of its own (its weight). Entries are bucketed by owner, keeping the order
 of tokens inside a bucket, so that the owner can sum token by token.
 """
 
@@ -16,7 +16,6 @@ class RoutedEntries:
 
     Attributes:
         row_index: `[E] int32`, row within the owner's shard.
-        weight: `[E]`.
         order: `[E] int64`, position before bucketing; None when nothing was moved.
         counts: `[R, T]`, entries of each token owned by each row shard, in the smallest dtype that
             holds M; None when one shard owns all rows.
@@ -24,10 +23,13 @@ class RoutedEntries:
     """
 
     row_index: Tensor
-    weight: Tensor
     order: Tensor | None
     counts: Tensor | None
     sizes: list[int]
+
+    def sort(self, values: Tensor) -> Tensor:
+        """Bring `[E]` numbers, one an entry in token order, into bucket order."""
+        return values if self.order is None else values[self.order]
 
     def unsort(self, values: Tensor) -> Tensor:
         """Put `[E]` numbers, one an entry in bucket order, back into token order."""
@@ -43,12 +45,11 @@ def count_dtype(reads: int) -> torch.dtype:
     return torch.uint8 if reads <= 255 else torch.int16
 
 
-def route(slot_index: Tensor, weight: Tensor, row_cuts: list[int]) -> RoutedEntries:
+def route(slot_index: Tensor, row_cuts: list[int]) -> RoutedEntries:
     """Bucket the entries of some tokens by owner.
 
     Args:
         slot_index: `[T, M] int64`.
-        weight: `[T, M]`.
         row_cuts: R + 1 boundaries of the row shards.
 
     Returns:
@@ -58,7 +59,6 @@ def route(slot_index: Tensor, weight: Tensor, row_cuts: list[int]) -> RoutedEntr
     if len(row_cuts) == 2:
         return RoutedEntries(
             row_index=slot_index.reshape(-1).int(),
-            weight=weight.reshape(-1),
             order=None,
             counts=None,
             sizes=[slot_index.numel()],
@@ -72,7 +72,6 @@ def route(slot_index: Tensor, weight: Tensor, row_cuts: list[int]) -> RoutedEntr
     row_index = (slot_index - cuts[owner]).reshape(-1)
     return RoutedEntries(
         row_index=row_index[order].int(),
-        weight=weight.reshape(-1)[order],
         order=order,
         counts=counts.t().contiguous().to(count_dtype(reads)),
         sizes=counts.sum(0).tolist(),

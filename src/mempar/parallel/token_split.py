@@ -2,9 +2,11 @@
 
 Without sequence parallelism all ranks of a tensor-parallel group see every token. Dense parts run on
 all of them; each looks up its share of the tokens, the outputs are gathered, and in backward the
-gradients of the weights are gathered, so that dense gradients stay equal on all of them.
+gradients of what was given (weights, or vectors of `dot`) are gathered, so that dense gradients stay
+equal on all of them.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +22,10 @@ class Reader(Protocol):
 
     def read(self, slot_index: Tensor, weight: Tensor, token_counts: list[int] | None = None) -> Tensor:
         """Sum the weighted rows `[T, D]` of every token."""
+        ...
+
+    def dot(self, slot_index: Tensor, x: Tensor, token_counts: list[int] | None = None) -> Tensor:
+        """Multiply chosen rows with a vector of their token: `[T, M]`."""
         ...
 
 
@@ -49,6 +55,20 @@ class TokenSplitReader:
         Returns:
             `[T, D]`, equal on all ranks of the tensor-parallel group.
         """
+        return self._shared(self.inner.read, slot_index, weight, token_counts)
+
+    def dot(self, slot_index: Tensor, x: Tensor, token_counts: list[int] | None = None) -> Tensor:
+        """Multiply as `inner` would multiply all tokens; arguments `[T, M]` and `[T, D]` are equal on all ranks."""
+        return self._shared(self.inner.dot, slot_index, x, token_counts)
+
+    def _shared(
+        self,
+        look_up: Callable[[Tensor, Tensor, list[int] | None], Tensor],
+        slot_index: Tensor,
+        given: Tensor,
+        token_counts: list[int] | None,
+    ) -> Tensor:
+        """Look up this rank's share and gather the others'."""
         sizes = part_sizes(len(slot_index), self.group.size)
         cuts = even_cuts(len(slot_index), self.group.size)
         mine = slice(cuts[self.group.rank], cuts[self.group.rank + 1])
@@ -57,15 +77,15 @@ class TokenSplitReader:
                 part_sizes(count, self.group.size)[tp_rank]
                 for count, tp_rank in zip(token_counts, self.member_tp_ranks, strict=True)
             ]
-        share = self.inner.read(slot_index[mine], _TakeShare.apply(weight, sizes, mine, self.group), token_counts)
+        share = look_up(slot_index[mine], _TakeShare.apply(given, sizes, mine, self.group), token_counts)
         return _GatherShares.apply(share, sizes, mine, self.group)
 
 
 class _TakeShare(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, sizes: list[int], mine: slice, group: MemberGroup) -> Tensor:
+    def forward(ctx: Any, given: Tensor, sizes: list[int], mine: slice, group: MemberGroup) -> Tensor:
         ctx.sizes, ctx.group = sizes, group
-        return weight[mine].contiguous()
+        return given[mine].contiguous()
 
     @staticmethod
     @once_differentiable

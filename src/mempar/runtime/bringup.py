@@ -27,7 +27,7 @@ class World:
         rank: this rank.
         size: number of ranks.
         device: where this rank computes.
-        placement: sizes of the dimensions, the table's cuts and stages.
+        placement: sizes of the dimensions, the tables' cuts and stages.
         groups: the memory dimension's groups; None for a dense model.
         made_groups: torch groups to be destroyed at the end.
     """
@@ -39,10 +39,9 @@ class World:
     groups: MemoryGroups | None
     made_groups: list[dist.ProcessGroup]
 
-    @property
-    def holds_table(self) -> bool:
-        """Whether this rank's stage holds a shard of the table."""
-        return self.placement.grid.stage_of(self.rank) in self.placement.grid.table_stages
+    def holds(self, memory: str) -> bool:
+        """Whether this rank's stage holds a shard of a memory's tables."""
+        return self.placement.grid.stage_of(self.rank) in self.placement.memories[memory].stages
 
     @property
     def is_main(self) -> bool:
@@ -90,9 +89,11 @@ def lay_out(run: RunConfig) -> World:
     if run.train.dtype == "float64":
         keep_wide_logits(mcore.VocabParallelCrossEntropy)
     groups, made = None, []
-    if run.memory.enabled:
+    if run.memories:
         tensor_group: Any = mcore.parallel_state.get_tensor_model_parallel_group() if sizes.tp > 1 else None
-        groups, made = make_memory_groups(placement.grid, rank, tensor_group)
+        groups, made = make_memory_groups(
+            placement.grid, rank, [memory.stages for memory in placement.memories.values()], tensor_group
+        )
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return World(rank=rank, size=size, device=device, placement=placement, groups=groups, made_groups=made)
 

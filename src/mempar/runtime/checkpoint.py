@@ -1,7 +1,7 @@
 """Saving and loading through megatron's distributed checkpoint, into any parallel layout.
 
-Dense parameters and their optimizer state are megatron's own sharded tensors; the table and its
-moments are blocks of logical tensors `[S, D]` placed by their row and column, so that any cut of the
+Dense parameters and their optimizer state are megatron's own sharded tensors; tables and their
+moments are blocks of logical tensors `[S, D]` placed by their row and column, so that any cut of a
 table reads what it needs. A checkpoint is written beside its final name and renamed when whole.
 """
 
@@ -24,6 +24,7 @@ from mempar.runtime.config import RunConfig
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
 from mempar.runtime.run_dir import describe_checkpoint
+from mempar.runtime.tables import Table
 
 
 def save(path: Path, run: RunConfig, world: World, model: Model, optimizers: Optimizers, meta: dict) -> None:
@@ -44,7 +45,7 @@ def save(path: Path, run: RunConfig, world: World, model: Model, optimizers: Opt
     dist.barrier()
     with _quiet():
         mcore.dist_checkpointing.save(
-            _sharded_state(world, model, optimizers, loading=False),
+            _sharded_state(model, optimizers, loading=False),
             str(partial),
             # One file a rank.
             sharded_strategy=mcore.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
@@ -68,14 +69,14 @@ def load(path: Path, world: World, model: Model, optimizers: Optimizers, meta: d
         meta: the checkpoint's description, as read by `run_dir.read_meta`.
     """
     with _quiet():
-        state: Any = mcore.dist_checkpointing.load(_sharded_state(world, model, optimizers, loading=True), str(path))
+        state: Any = mcore.dist_checkpointing.load(_sharded_state(model, optimizers, loading=True), str(path))
         for place, chunk in enumerate(model.chunks):
             chunk.load_state_dict(state[_chunk_name(model, place)], strict=False)
         optimizers.dense.load_state_dict(state["optimizer"])
-    for name, tensor in _table_tensors(model, optimizers).items():
-        tensor.copy_(state["table"][name])
-    if optimizers.table is not None:
-        optimizers.table.step = meta["applied_steps"]
+    for table in model.tables:
+        for key, tensor in _table_tensors(table, optimizers).items():
+            tensor.copy_(state["tables"][key])
+        optimizers.tables[table.name].step = meta["applied_steps"]
 
 
 def prune(checkpoints: Path, keep: int) -> None:
@@ -89,7 +90,7 @@ def _chunk_name(model: Model, place: int) -> str:
     return "model" if len(model.chunks) == 1 else f"model{place}"
 
 
-def _sharded_state(world: World, model: Model, optimizers: Optimizers, *, loading: bool) -> dict[str, Any]:
+def _sharded_state(model: Model, optimizers: Optimizers, *, loading: bool) -> dict[str, Any]:
     metadata = {
         "dp_cp_group": mcore.parallel_state.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -101,31 +102,32 @@ def _sharded_state(world: World, model: Model, optimizers: Optimizers, *, loadin
         for place, chunk in enumerate(model.chunks)
     }
     state["optimizer"] = optimizers.dense.sharded_state_dict(state, is_loading=loading, metadata=metadata)
-    state["table"] = {
-        name: _table_block(name, tensor, world, model) for name, tensor in _table_tensors(model, optimizers).items()
+    state["tables"] = {
+        key: _table_block(key, tensor, table)
+        for table in model.tables
+        for key, tensor in _table_tensors(table, optimizers).items()
     }
     return state
 
 
-def _table_tensors(model: Model, optimizers: Optimizers) -> dict[str, Tensor]:
-    if model.table is None or optimizers.table is None:
-        return {}
-    return {"values": model.table.values, **optimizers.table.state}
+def _table_tensors(table: Table, optimizers: Optimizers) -> dict[str, Tensor]:
+    """The table's values under its name, its optimizer's state under names that start with it."""
+    state = {f"{table.name}.{name}": tensor for name, tensor in optimizers.tables[table.name].state.items()}
+    return {table.name: table.shard.values, **state}
 
 
-def _table_block(name: str, tensor: Tensor, world: World, model: Model) -> Any:
-    assert model.table is not None and world.groups is not None
-    part = model.table.part
+def _table_block(key: str, tensor: Tensor, table: Table) -> Any:
+    part = table.shard.part
     return mcore.ShardedTensor(
-        key=f"memory.{name}",
+        key=key,
         data=tensor,
         dtype=tensor.dtype,
         local_shape=tuple(tensor.shape),
         global_shape=(part.num_slots, part.value_dim),
         global_offset=(part.row_start, part.column_start),
-        # Shards need not be equal, so the table has no regular grid of fragments.
+        # Shards need not be equal, so a table has no regular grid of fragments.
         axis_fragmentations=None,
-        replica_id=world.groups.copies.rank,
+        replica_id=table.copies.rank,
     )
 
 

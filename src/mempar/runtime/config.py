@@ -225,11 +225,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that defines a run."""
+    """Everything that defines a run.
+
+    `more_memories` are memories beside `memory`, each with layers and tables of its own, of any size:
+    `more_memories=[{layers: [2], num_subkeys: 64}]`.
+    """
 
     name: str = "run"
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(enabled=False))
+    more_memories: tuple[MemoryConfig, ...] = ()
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -237,8 +242,20 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check settings of different sections against each other."""
-        if self.memory.enabled:
-            self._check_memory()
+        if self.more_memories and not all(memory.enabled for memory in (self.memory, *self.more_memories)):
+            raise ConfigError(
+                "more_memories with a memory that has enabled=false: more memories stand beside `memory`, and each "
+                "is there to be used; enable memory, or drop what is not wanted."
+            )
+        for name, memory in self.memories.items():
+            self._check_memory(name, memory)
+        blocks = [block for memory in self.memories.values() for block in memory.layers]
+        twice = sorted(block for block in set(blocks) if blocks.count(block) > 1)
+        if twice:
+            raise ConfigError(
+                f"blocks {twice} belong to several memories; "
+                "a block reads one memory; change memory.layers or more_memories."
+            )
         self._check_tensor_parallel()
         if self.train.dtype == "float64" and self.parallel.distributed_optimizer:
             raise ConfigError(
@@ -257,21 +274,22 @@ class RunConfig:
                 f"{self.parallel.pp} x {self.parallel.vpp}; stages hold equally many layers; change one of them."
             )
 
-    def _check_memory(self) -> None:
-        memory, model = self.memory, self.model
+    def _check_memory(self, name: str, memory: MemoryConfig) -> None:
+        model = self.model
         if not memory.layers:
             raise ConfigError(
-                "memory.enabled=true but memory.layers is empty; name the blocks, e.g. memory.layers=[4]."
+                f"{name}.enabled=true but {name}.layers is empty; name the blocks, e.g. {name}.layers=[4]."
             )
         if memory.layers[-1] >= model.num_layers or memory.layers[0] < 0:
             raise ConfigError(
-                f"memory.layers={list(memory.layers)} leaves the model's blocks 0 to {model.num_layers - 1} "
+                f"{name}.layers={list(memory.layers)} leaves the model's blocks 0 to {model.num_layers - 1} "
                 f"(model.num_layers={model.num_layers}); name blocks inside it."
             )
-        if memory.variant == "memory" and self.value_dim != model.hidden_size:
+        if memory.variant != "memory_plus" and self.value_dim_of(memory) != model.hidden_size:
             raise ConfigError(
-                f"memory.value_dim={memory.value_dim} differs from model.hidden_size={model.hidden_size}; the variant "
-                "`memory` adds values to the residual stream as they are; use 0, or memory.variant=memory_plus."
+                f"{name}.value_dim={memory.value_dim} differs from model.hidden_size={model.hidden_size}; the variant "
+                f"`{memory.variant}` adds values to the residual stream as they are; use 0, or "
+                f"{name}.variant=memory_plus."
             )
 
     def _check_tensor_parallel(self) -> None:
@@ -292,24 +310,28 @@ class RunConfig:
                 )
 
     @property
-    def value_dim(self) -> int:
-        """D, the width of a table row."""
-        return self.memory.value_dim or self.model.hidden_size
+    def memories(self) -> dict[str, MemoryConfig]:
+        """The memories of the model by name: `memory`, then `memory1`, `memory2`, ...; empty for a dense model."""
+        if not self.memory.enabled:
+            return {}
+        return {f"memory{place or ''}": memory for place, memory in enumerate((self.memory, *self.more_memories))}
+
+    def value_dim_of(self, memory: MemoryConfig) -> int:
+        """D, the width of a memory's table rows."""
+        return memory.value_dim or self.model.hidden_size
 
     @property
     def value_bytes(self) -> int:
         """b, bytes of one table element in lookups."""
         return {"float64": 8, "float32": 4, "bf16": 2}[self.train.dtype]
 
-    @property
-    def values_lr(self) -> float:
-        """Peak learning rate of the values: ten times the dense one unless set."""
-        return self.memory.lr or 10.0 * self.optim.lr
+    def values_lr_of(self, memory: MemoryConfig) -> float:
+        """Peak learning rate of a memory's values: ten times the dense one unless set."""
+        return memory.lr or 10.0 * self.optim.lr
 
-    @property
-    def values_weight_decay(self) -> float:
-        """Decoupled weight decay of the values: the dense one unless set."""
-        return self.memory.weight_decay if self.memory.weight_decay >= 0 else self.optim.weight_decay
+    def values_weight_decay_of(self, memory: MemoryConfig) -> float:
+        """Decoupled weight decay of a memory's values: the dense one unless set."""
+        return memory.weight_decay if memory.weight_decay >= 0 else self.optim.weight_decay
 
     def with_parallel(self, **sizes: int | bool) -> "RunConfig":
         """Return the same run in another parallel layout."""

@@ -11,6 +11,7 @@ from mempar.runtime import mcore
 from mempar.runtime.bringup import World
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
+from mempar.runtime.tables import Table
 
 
 def write_layout(path: Path, world: World, model: Model, optimizers: Optimizers) -> None:
@@ -22,7 +23,11 @@ def write_layout(path: Path, world: World, model: Model, optimizers: Optimizers)
     placement = world.placement
     grid = placement.grid
     sizes = {name: getattr(grid, name) for name in ("world", "tp", "cp", "pp", "dp", "mp", "mp_rows", "mp_columns")}
-    report = {"sizes": sizes, "table_stages": grid.table_stages, "reason": placement.reason, "ranks": rows}
+    memories = {
+        name: {"stages": memory.stages, "shape": [memory.plan.num_slots, memory.plan.value_dim]}
+        for name, memory in placement.memories.items()
+    }
+    report = {"sizes": sizes, "memories": memories, "reason": placement.reason, "ranks": rows}
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -32,12 +37,14 @@ def _holdings(world: World, model: Model, optimizers: Optimizers) -> dict[str, A
         "tensor": dist.get_process_group_ranks(state.get_tensor_model_parallel_group()),
         "pipeline": dist.get_process_group_ranks(state.get_pipeline_model_parallel_group()),
         "data": dist.get_process_group_ranks(state.get_data_parallel_group()),
-        "memory": next((ranks for ranks in grid.memory_groups() if rank in ranks), []),
-        "copies": next((ranks for ranks in grid.copy_groups() if rank in ranks), []),
+        "memory": _group_of(rank, grid.memory_groups(world.placement.table_stages)),
+        "copies": {
+            name: _group_of(rank, grid.copy_groups(memory.stages)) for name, memory in world.placement.memories.items()
+        },
     }
     blocks = [block.layer_number - 1 for chunk in model.chunks for block in chunk.decoder.layers]
     dense_bytes = sum(param.numel() * param.element_size() for chunk in model.chunks for param in chunk.parameters())
-    row: dict[str, Any] = {
+    return {
         "rank": rank,
         "host": socket.gethostname(),
         "device": str(world.device),
@@ -45,15 +52,21 @@ def _holdings(world: World, model: Model, optimizers: Optimizers) -> dict[str, A
         "blocks": blocks,
         "groups": groups,
         "dense_bytes": dense_bytes,
-        "table": None,
+        "tables": {table.name: _table(table, optimizers) for table in model.tables},
     }
-    if model.table is not None and optimizers.table is not None:
-        part, values = model.table.part, model.table.values
-        row["table"] = {
-            "rows": [part.row_start, part.row_end],
-            "columns": [part.column_start, part.column_end],
-            "shape": [part.num_slots, part.value_dim],
-            "bytes": values.numel() * values.element_size(),
-            "state_bytes": {name: t.numel() * t.element_size() for name, t in optimizers.table.state.items()},
-        }
-    return row
+
+
+def _group_of(rank: int, groups: list[list[int]]) -> list[int]:
+    return next((ranks for ranks in groups if rank in ranks), [])
+
+
+def _table(table: Table, optimizers: Optimizers) -> dict[str, Any]:
+    part, values = table.shard.part, table.shard.values
+    state = optimizers.tables[table.name].state
+    return {
+        "rows": [part.row_start, part.row_end],
+        "columns": [part.column_start, part.column_end],
+        "shape": [part.num_slots, part.value_dim],
+        "bytes": values.numel() * values.element_size(),
+        "state_bytes": {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()},
+    }

@@ -94,7 +94,9 @@ def initial_value(name: str, shape: tuple[int, ...], *, seed: int, init_std: flo
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     if ".mlp." in name:
-        value = memory_layer.initial_value(name.partition(".mlp.")[2], shape, generator)
+        # A layer beside the feed-forward network is a part of it, named `memory`.
+        part = name.partition(".mlp.")[2].removeprefix("memory.")
+        value = memory_layer.initial_value(part, shape, generator)
         if value is not None:
             return value
     if name.endswith("norm.weight"):

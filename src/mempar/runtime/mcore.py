@@ -7,6 +7,7 @@ the cure must be in effect before anything of megatron is built.
 import importlib.util
 import logging
 import warnings
+from typing import Any
 
 from mempar.runtime import cpu, writer
 
@@ -36,6 +37,7 @@ with warnings.catch_warnings():
     from megatron.core.optimizer.optimizer import MegatronOptimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+    from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.module import Float16Module, MegatronModule
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -52,8 +54,17 @@ if RUNS_ON_CPU:
 
 HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None and not RUNS_ON_CPU
 
+
+def unfused_column_parallel_linear() -> Any:
+    """TransformerEngine's linear layer without the norm that its MLP description fuses into it."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    return TEColumnParallelLinear
+
+
 __all__ = [
     "HAS_TRANSFORMER_ENGINE",
+    "MLP",
     "RUNS_ON_CPU",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
@@ -86,4 +97,5 @@ __all__ = [
     "get_transformer_layer_offset",
     "parallel_state",
     "tensor_parallel",
+    "unfused_column_parallel_linear",
 ]

@@ -1,10 +1,11 @@
-"""One optimizer step over everything a rank holds: megatron's dense optimizer and the table's.
+"""One optimizer step over everything a rank holds: megatron's dense optimizer and the tables'.
 
 They are chained here rather than in megatron's ChainedOptimizer, whose members share one clip and
 one learning rate: values have their own of both. The order is fixed: gradients are final, all norms
 go into one reduction over the world, every rank sees the same numbers and so skips or steps together.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from mempar.parallel.gradsync import sum_over_copies
 from mempar.runtime import mcore
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
-from mempar.runtime.model import TORCH_DTYPES, Model
+from mempar.runtime.model import Model
+from mempar.runtime.tables import TORCH_DTYPES, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,24 +29,33 @@ class StepReport:
     Attributes:
         loss: mean over the unmasked tokens of the global batch.
         grad_norm: norm of the dense gradient before clipping.
-        memory_grad_norm: norm of the values' gradient before clipping; 0 for a dense model.
+        memory_grad_norms: norm of the gradient of each memory's tables before clipping, by its name.
         tokens: unmasked tokens.
         applied: False when a number was not finite and the step was skipped.
     """
 
     loss: float
     grad_norm: float
-    memory_grad_norm: float
+    memory_grad_norms: dict[str, float]
     tokens: int
     applied: bool
 
+    @property
+    def memory_grad_norm(self) -> float:
+        """Norm of all tables' gradients before clipping; 0 for a dense model."""
+        return math.hypot(*self.memory_grad_norms.values())
+
+
+# Touched rows [U] int32 of a shard, ascending, and their gradients [U, D_j].
+RowGradient = tuple[Tensor, Tensor]
+
 
 class Optimizers:
-    """The dense optimizer and, where this rank holds a shard, the table's.
+    """The dense optimizer and one for each table of which this rank holds a shard.
 
     Attributes:
         dense: megatron's optimizer.
-        table: the shard's optimizer; None on ranks without a shard.
+        tables: the shards' optimizers by the tables' names, in global order.
     """
 
     def __init__(self, run: RunConfig, world: World, model: Model) -> None:
@@ -66,16 +77,17 @@ class Optimizers:
             model.wrapped,
         )
         model.transformer.grad_scale_func = self.dense.scale_loss
-        self.table: TableAdam | None = None
-        if model.table is not None:
-            settings = AdamSettings(
-                beta1=run.optim.beta1,
-                beta2=run.optim.beta2,
-                eps=run.optim.eps,
-                weight_decay=run.values_weight_decay,
-            )
-            touched_only = run.memory.optimizer == "row_adam"
-            self.table = TableAdam(model.table.values, settings, touched_only=touched_only)
+        self.tables = {table.name: self._table_optimizer(table) for table in model.tables}
+
+    def _table_optimizer(self, table: Table) -> TableAdam:
+        run = self.run
+        settings = AdamSettings(
+            beta1=run.optim.beta1,
+            beta2=run.optim.beta2,
+            eps=run.optim.eps,
+            weight_decay=run.values_weight_decay_of(table.config),
+        )
+        return TableAdam(table.shard.values, settings, touched_only=table.config.optimizer == "row_adam")
 
     @property
     def members(self) -> list[Any]:
@@ -96,31 +108,33 @@ class Optimizers:
         """
         self.dense.prepare_grads()
         tokens = int(num_tokens)
-        rows, row_grads = self._table_gradient(tokens)
-        sums = torch.stack([loss_sum, self._dense_square_sum(), self._table_square_sum(row_grads)])
+        gradients = self._table_gradients(tokens)
+        sums = torch.stack([loss_sum, self._dense_square_sum(), *self._table_square_sums(gradients)])
         # One reduction carries the loss and every norm: a number that is not finite anywhere reaches
         # every rank, and no rank returns before the others.
         dist.all_reduce(sums)
-        loss, dense_square, table_square = sums.tolist()
-        grad_norm, memory_grad_norm = dense_square**0.5, table_square**0.5
+        loss, dense_square, *memory_squares = sums.tolist()
         finite = bool(torch.isfinite(sums).all())
-        if finite:
-            self._apply(factor, grad_norm, memory_grad_norm, rows, row_grads)
-        return StepReport(
+        report = StepReport(
             loss=loss / max(1, tokens),
-            grad_norm=grad_norm,
-            memory_grad_norm=memory_grad_norm,
+            grad_norm=dense_square**0.5,
+            memory_grad_norms={
+                name: square**0.5 for name, square in zip(self.run.memories, memory_squares, strict=True)
+            },
             tokens=tokens,
             applied=finite,
         )
+        if finite:
+            self._apply(factor, report, gradients)
+        return report
 
-    def _table_gradient(self, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+    def _table_gradients(self, tokens: int) -> dict[str, RowGradient]:
         """Reduce deposits by row, sum them over copies, scale them as the dense gradient was."""
-        if self.model.table is None or self.world.groups is None:
-            return None, None
-        rows, grads = self.model.table.take_gradient()
-        rows, grads = sum_over_copies(rows, grads, self.world.groups.copies)
-        return rows, grads.div_(max(1, tokens))
+        gradients = {}
+        for table in self.model.tables:
+            rows, grads = sum_over_copies(*table.shard.take_gradient(), table.copies)
+            gradients[table.name] = (rows, grads.div_(max(1, tokens)))
+        return gradients
 
     def _dense_square_sum(self) -> Tensor:
         """This rank's share of the squared norm; each element of the model is counted once a world."""
@@ -135,18 +149,17 @@ class Optimizers:
                 total += grad.double().square().sum() if grad.dtype != torch.float64 else grad.square().sum()
         return total
 
-    def _table_square_sum(self, row_grads: Tensor | None) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        groups = self.world.groups
-        if row_grads is not None and groups is not None and groups.copies.rank == 0:
-            for block in row_grads.split(4096):
-                total += block.double().square().sum()
-        return total
+    def _table_square_sums(self, gradients: dict[str, RowGradient]) -> list[Tensor]:
+        """This rank's share of the squared norm of each memory's tables; each shard is counted once."""
+        totals = {name: torch.zeros((), dtype=torch.float64, device=self.world.device) for name in self.run.memories}
+        for table in self.model.tables:
+            if table.copies.rank == 0:
+                for block in gradients[table.name][1].split(4096):
+                    totals[table.memory] += block.double().square().sum()
+        return list(totals.values())
 
-    def _apply(
-        self, factor: float, grad_norm: float, memory_grad_norm: float, rows: Tensor | None, grads: Tensor | None
-    ) -> None:
-        scale = clip_factor(self.run.optim.clip_grad, grad_norm)
+    def _apply(self, factor: float, report: StepReport, gradients: dict[str, RowGradient]) -> None:
+        scale = clip_factor(self.run.optim.clip_grad, report.grad_norm)
         for member in self.members:
             if scale < 1.0:
                 main_grads = [param.grad for param in member.get_parameters() if param.grad is not None]
@@ -159,9 +172,10 @@ class Optimizers:
                 multiplier = group["wd_mult"] if "wd_mult" in group else group["pre_wd_mult"]
                 group["weight_decay"] = multiplier * self.run.optim.weight_decay
             member.step_with_ready_grads()
-        if self.table is not None and rows is not None and grads is not None:
-            grads.mul_(clip_factor(self.run.memory.clip_grad, memory_grad_norm))
-            self.table.update(rows, grads, factor * self.run.values_lr)
+        for table in self.model.tables:
+            rows, grads = gradients[table.name]
+            grads.mul_(clip_factor(table.config.clip_grad, report.memory_grad_norms[table.memory]))
+            self.tables[table.name].update(rows, grads, factor * self.run.values_lr_of(table.config))
 
 
 def clip_factor(limit: float, norm: float) -> float:

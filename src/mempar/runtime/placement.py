@@ -19,18 +19,45 @@ _MICRO_BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryPlacement:
+    """Where the tables of one memory lie.
+
+    Attributes:
+        stages: pipeline stages that hold the tables, ascending.
+        plan: their cuts.
+        reason: one line that says where they lie and why.
+    """
+
+    stages: tuple[int, ...]
+    plan: ShardPlan
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Placement:
     """The layout of a run on a number of ranks.
 
     Attributes:
         grid: ranks of every dimension.
-        plan: cuts of the table; None for a dense model.
-        reason: one line that says where the table lies and why.
+        memories: where each memory's tables lie, by the memory's name; empty for a dense model.
     """
 
     grid: RankGrid
-    plan: ShardPlan | None
-    reason: str
+    memories: dict[str, MemoryPlacement]
+
+    @property
+    def table_stages(self) -> tuple[int, ...]:
+        """Stages that hold any table, ascending."""
+        return tuple(sorted({stage for memory in self.memories.values() for stage in memory.stages}))
+
+    @property
+    def reason(self) -> str:
+        """One line that says where the tables lie and why."""
+        if not self.memories:
+            return "dense model, no table"
+        if len(self.memories) == 1:
+            return next(iter(self.memories.values())).reason
+        return "; ".join(f"{name}: {memory.reason}" for name, memory in self.memories.items())
 
 
 def stage_of_layer(layer: int, *, num_layers: int, pp: int, vpp: int) -> int:
@@ -45,33 +72,34 @@ def place(config: RunConfig, world: int) -> Placement:
         ConfigError: when the sizes do not fit the number of ranks, the batch or the table.
     """
     sizes = config.parallel
-    stages: tuple[int, ...] = ()
-    if config.memory.enabled:
-        stages = tuple(
-            sorted(
-                {
-                    stage_of_layer(layer, num_layers=config.model.num_layers, pp=sizes.pp, vpp=sizes.vpp)
-                    for layer in config.memory.layers
-                }
-            )
-        )
-    elif sizes.mp > 1:
+    if not config.memories and sizes.mp > 1:
         raise ConfigError(
             f"parallel.mp={sizes.mp} with memory.enabled=false: there is no table to cut; use parallel.mp=1."
         )
     rows, why = _row_shards(config)
-    grid = RankGrid(world=world, tp=sizes.tp, cp=sizes.cp, pp=sizes.pp, mp=sizes.mp, mp_rows=rows, table_stages=stages)
+    grid = RankGrid(world=world, tp=sizes.tp, cp=sizes.cp, pp=sizes.pp, mp=sizes.mp, mp_rows=rows)
     _check_batch(config, grid)
-    if not config.memory.enabled:
-        return Placement(grid=grid, plan=None, reason="dense model, no table")
-    plan = ShardPlan(
-        num_slots=config.memory.num_slots,
-        value_dim=config.value_dim,
-        column_tile=config.memory.column_tile,
-        num_row_shards=rows,
-        num_column_shards=sizes.mp // rows,
-    )
-    return Placement(grid=grid, plan=plan, reason=f"{_where(config, stages)}; {why}")
+    memories = {}
+    for name, memory in config.memories.items():
+        stages = tuple(
+            sorted(
+                {
+                    stage_of_layer(layer, num_layers=config.model.num_layers, pp=sizes.pp, vpp=sizes.vpp)
+                    for layer in memory.layers
+                }
+            )
+        )
+        plan = ShardPlan(
+            num_slots=memory.num_slots,
+            value_dim=config.value_dim_of(memory),
+            column_tile=memory.column_tile,
+            num_row_shards=rows,
+            num_column_shards=sizes.mp // rows,
+        )
+        memories[name] = MemoryPlacement(
+            stages=stages, plan=plan, reason=f"{_where(config, memory.layers, stages)}; {why}"
+        )
+    return Placement(grid=grid, memories=memories)
 
 
 def with_micro_batch(config: RunConfig, world: int) -> RunConfig:
@@ -102,16 +130,21 @@ def _row_shards(config: RunConfig) -> tuple[int, str]:
     if config.parallel.mp_rows:
         rows = config.parallel.mp_rows
         return rows, f"{rows} row x {mp // rows} column shards as set"
-    reads = config.memory.heads * config.memory.top_k
-    tiles = -(-config.value_dim // config.memory.column_tile)
-    fewer = columns_send_fewer_bytes(value_dim=config.value_dim, reads=reads, value_bytes=config.value_bytes)
+    memories = config.memories.values()
+    # Summed over the layers, since one grid serves all tables.
+    reads = sum(len(memory.layers) * memory.heads * memory.top_k for memory in memories)
+    width = sum(len(memory.layers) * config.value_dim_of(memory) for memory in memories)
+    layers = sum(len(memory.layers) for memory in memories)
+    tiles = min(-(-config.value_dim_of(memory) // memory.column_tile) for memory in memories)
+    fewer = columns_send_fewer_bytes(value_dim=width, reads=reads, value_bytes=config.value_bytes)
+    read = f"D={width / layers:g}, M={reads / layers:g}"
     if fewer and tiles >= mp:
-        return 1, f"{mp} column shards, which send fewer bytes than rows at D={config.value_dim}, M={reads}"
-    why = f"only {tiles} column tiles" if fewer else f"which send fewer bytes than columns at D={config.value_dim}"
-    return mp, f"{mp} row shards ({why}, M={reads})"
+        return 1, f"{mp} column shards, which send fewer bytes than rows at {read}"
+    why = f"only {tiles} column tiles" if fewer else "which send fewer bytes than columns"
+    return mp, f"{mp} row shards ({why} at {read})"
 
 
-def _where(config: RunConfig, stages: tuple[int, ...]) -> str:
+def _where(config: RunConfig, layers: tuple[int, ...], stages: tuple[int, ...]) -> str:
     sizes = config.parallel
     if sizes.pp == 1:
         return "table on the only stage"
@@ -119,7 +152,7 @@ def _where(config: RunConfig, stages: tuple[int, ...]) -> str:
         return f"table on stage {stages[0]} of {sizes.pp}, where all its layers lie (vpp={sizes.vpp})"
     return (
         f"a copy of the table on each of the stages {', '.join(map(str, stages))}: its layers "
-        f"{list(config.memory.layers)} do not fall on one stage at pp={sizes.pp}, vpp={sizes.vpp}"
+        f"{list(layers)} do not fall on one stage at pp={sizes.pp}, vpp={sizes.vpp}"
     )
 
 

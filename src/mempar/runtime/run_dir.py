@@ -32,6 +32,7 @@ _SHAPES = {
         "enabled",
         "variant",
         "layers",
+        "beside",
         "num_subkeys",
         "heads",
         "key_dim",
@@ -163,8 +164,14 @@ def _write_config(directory: RunDir, run: RunConfig) -> None:
 
 def _differences(saved: RunConfig, run: RunConfig, compared: dict[str, tuple[str, ...] | None]) -> list[str]:
     differing = []
-    for section, names in compared.items():
-        before, now = getattr(saved, section), getattr(run, section)
+    if len(saved.more_memories) != len(run.more_memories):
+        return [f"more_memories are {len(saved.more_memories)} there and {len(run.more_memories)} here"]
+    pairs = [(section, getattr(saved, section), getattr(run, section), names) for section, names in compared.items()]
+    pairs += [
+        (f"more_memories.{place}", before, now, compared["memory"])
+        for place, (before, now) in enumerate(zip(saved.more_memories, run.more_memories, strict=True))
+    ]
+    for section, before, now, names in pairs:
         for name in names or [setting.name for setting in dataclasses.fields(now)]:
             if getattr(before, name) != getattr(now, name):
                 differing.append(f"{section}.{name} is {getattr(before, name)} there and {getattr(now, name)} here")

@@ -6,6 +6,7 @@ training; reading table rows is bandwidth, not FLOPs, so values never count.
 
 from dataclasses import dataclass
 
+from mempar.memory.config import MemoryConfig
 from mempar.runtime.config import RunConfig
 
 
@@ -16,7 +17,7 @@ class ModelSize:
     Attributes:
         total_params: all parameters, the table included.
         active_params: parameters that one token's forward pass multiplies or reads.
-        memory_params: elements of the table.
+        memory_params: elements of the tables.
         flops_per_token: training FLOPs (forward and backward) of one token at the run's length.
     """
 
@@ -28,33 +29,38 @@ class ModelSize:
 
 def model_size(run: RunConfig, vocab_size: int) -> ModelSize:
     """Count one run's model for a tokenizer of `vocab_size` tokens."""
-    model, memory = run.model, run.memory
+    model = run.model
     width, head = model.hidden_size, model.hidden_size // model.num_attention_heads
     vocab = model.padded_vocab(vocab_size)
     attention = width * head * 2 * (model.num_attention_heads + model.query_groups)
     norms = (2 * model.num_layers + 1) * width
     feed_forward = 3 * width * model.ffn_hidden_size
-    num_memory = len(memory.layers) if memory.enabled else 0
     embeddings = vocab * width * (1 if model.tie_embeddings else 2)
-    layer, multiplied = _memory_layer(run) if num_memory else (0, 0)
-    dense_layers = model.num_layers - num_memory
-    dense = embeddings + norms + model.num_layers * attention + dense_layers * feed_forward + num_memory * layer
-    table = memory.num_slots * run.value_dim if num_memory else 0
-    reads = memory.heads * memory.top_k * run.value_dim * num_memory
+    dense_layers = model.num_layers
+    layers = multiplied = tables = reads = 0
+    for memory in run.memories.values():
+        count, tables_of, value_dim = len(memory.layers), len(memory.table_names), run.value_dim_of(memory)
+        params, products = _memory_layer(run, memory)
+        dense_layers -= 0 if memory.beside else count
+        layers += count * params
+        multiplied += count * products
+        tables += tables_of * memory.num_slots * value_dim
+        reads += count * tables_of * memory.heads * memory.top_k * value_dim
+    dense = embeddings + norms + model.num_layers * attention + dense_layers * feed_forward + layers
     # The embedding is a lookup; the output projection multiplies it whole.
-    products = model.num_layers * attention + dense_layers * feed_forward + num_memory * multiplied + vocab * width
+    products = model.num_layers * attention + dense_layers * feed_forward + multiplied + vocab * width
     scores = model.num_layers * 2 * width * run.train.seq_length // 2
     return ModelSize(
-        total_params=dense + table,
+        total_params=dense + tables,
         active_params=dense + reads,
-        memory_params=table,
+        memory_params=tables,
         flops_per_token=6 * (products + scores),
     )
 
 
-def _memory_layer(run: RunConfig) -> tuple[int, int]:
-    """Parameters of one memory layer without values, and its multiply-adds a token."""
-    memory, width, value_dim = run.memory, run.model.hidden_size, run.value_dim
+def _memory_layer(run: RunConfig, memory: MemoryConfig) -> tuple[int, int]:
+    """Parameters of one memory layer without its tables, and its multiply-adds a token."""
+    width, value_dim = run.model.hidden_size, run.value_dim_of(memory)
     query = width * memory.heads * memory.key_dim
     keys = memory.heads * 2 * memory.num_subkeys * memory.half_key_dim
     params = query + memory.heads * memory.key_dim + keys

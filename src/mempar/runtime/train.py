@@ -133,9 +133,9 @@ class Trainer:
             "seconds": seconds,
             "tokens_per_s": report.tokens / seconds,
         }
-        if self.run.memory.enabled:
-            row["memory_grad_norm"] = report.memory_grad_norm
-            row["memory_lr"] = factor * self.run.values_lr
+        for name, memory in self.run.memories.items():
+            row[f"{name}_grad_norm"] = report.memory_grad_norms[name]
+            row[f"{name}_lr"] = factor * self.run.values_lr_of(memory)
         if self.progress.skipped:
             row["skipped_steps"] = self.progress.skipped
         self.log.write(row)

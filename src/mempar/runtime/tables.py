@@ -1,0 +1,121 @@
+"""The tables of a model on one rank: shards, how its memory layers reach them, who holds copies.
+
+Here the two blind rooms meet: `memory` says what a layer computes and asks readers for rows,
+`parallel` reads rows wherever they lie. A table stands beside the model, not in it: megatron would
+cast it, broadcast it and give it a dense gradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mempar.memory.config import MemoryConfig
+from mempar.memory.layer import SlotHook
+from mempar.memory.lookup import LocalReader, Readers, RowReader, SilentReader
+from mempar.memory.values import ValueShard
+from mempar.parallel.collectives import MemberGroup
+from mempar.parallel.exchange import ShardedReader
+from mempar.parallel.token_split import TokenSplitReader
+from mempar.runtime.bringup import World
+from mempar.runtime.config import RunConfig
+
+TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}
+
+# Given (0-based block, sequence length, batch), the hook that records or replays its choices, or None.
+HookFactory = Callable[[int, int, int], SlotHook | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """This rank's shard of one table.
+
+    Attributes:
+        name: of the whole table, e.g. `memory.values`.
+        memory: name of the memory that it belongs to.
+        config: that memory's settings.
+        shard: the rows and columns on this rank.
+        copies: the ranks that hold the same rows and columns.
+    """
+
+    name: str
+    memory: str
+    config: MemoryConfig
+    shard: ValueShard
+    copies: MemberGroup
+
+
+class TableAccess:
+    """How the layers of one memory reach its tables on this rank.
+
+    Attributes:
+        readers: where rows come from.
+        num_members: ranks of the memory-parallel group.
+        hook_factory: called with (block, sequence length, batch) before every lookup; recording or
+            replaying slot choices in tests and studies.
+    """
+
+    def __init__(self, readers: Readers, num_members: int, value_dim: int) -> None:
+        self.readers = readers
+        self.num_members = num_members
+        self.hook_factory: HookFactory | None = None
+        self._value_dim = value_dim
+
+    def silence(self) -> Readers:
+        """Let every lookup return zeros; returns the readers, to be put back."""
+        readers, silent = self.readers, SilentReader(self._value_dim)
+        self.readers = Readers(values=silent, down=silent)
+        return readers
+
+
+def make_tables(run: RunConfig, world: World) -> tuple[list[Table], dict[str, TableAccess]]:
+    """Make this rank's shards with their initial values, and the ways to them.
+
+    Returns:
+        The tables in global order, and the access of each memory on this rank's stage by its name.
+    """
+    tables: list[Table] = []
+    access: dict[str, TableAccess] = {}
+    number = 0
+    for place, (name, config) in enumerate(run.memories.items()):
+        mine: dict[str, Table] = {}
+        for part_name in config.table_names:
+            if world.holds(name) and world.groups is not None:
+                mine[part_name] = Table(
+                    name=f"{name}.{part_name}",
+                    memory=name,
+                    config=config,
+                    shard=_make_shard(run, world, name, number),
+                    copies=world.groups.copies[place],
+                )
+            number += 1
+        if mine:
+            assert world.groups is not None
+            tables += mine.values()
+            readers = Readers(**{part: _reader(run, world, name, table.shard) for part, table in mine.items()})
+            access[name] = TableAccess(readers, world.groups.memory.size, run.value_dim_of(config))
+    return tables, access
+
+
+def _make_shard(run: RunConfig, world: World, memory: str, number: int) -> ValueShard:
+    assert world.groups is not None
+    return ValueShard(
+        world.placement.memories[memory].plan.part_of(world.groups.memory.rank),
+        seed=run.train.seed,
+        number=number,
+        dtype=TORCH_DTYPES[run.train.dtype],
+        device=world.device,
+    )
+
+
+def _reader(run: RunConfig, world: World, memory: str, shard: ValueShard) -> RowReader:
+    assert world.groups is not None
+    group, placement = world.groups.memory, world.placement
+    plan = placement.memories[memory].plan
+    reader: RowReader = LocalReader(shard) if group.size == 1 else ShardedReader(shard, plan, group)
+    grid = placement.grid
+    if grid.tp > 1 and not run.parallel.sequence_parallel:
+        groups = grid.memory_groups((grid.stage_of(world.rank),))
+        members = next(ranks for ranks in groups if world.rank in ranks)
+        reader = TokenSplitReader(reader, world.groups.tensor, [grid.tp_rank(member) for member in members])
+    return reader
