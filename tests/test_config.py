@@ -65,6 +65,13 @@ EVERYTHING_SET = RunConfig(
             lambda: replace(BASE, memory=replace(MEMORY, variant="memory", value_dim=32)),
             r"memory\.value_dim=32 .*model\.hidden_size=64",
         ),
+        (
+            lambda: replace(BASE, more_memories=(replace(MEMORY, layers=(2,), variant="peer", value_dim=32),)),
+            r"memory1\.value_dim=32 .*model\.hidden_size=64.*`peer`",
+        ),
+        (lambda: replace(BASE, more_memories=(replace(MEMORY, layers=(5, 12)),)), r"blocks \[12\] belong to several"),
+        (lambda: replace(BASE, more_memories=(replace(MEMORY, layers=(24,)),)), r"memory1\.layers=\[24\] .*0 to 23"),
+        (lambda: replace(BASE, more_memories=(MemoryConfig(enabled=False),)), r"more_memories .*enabled=false"),
         (lambda: BASE.with_parallel(pp=5), r"model\.num_layers=24 .*= 5 x 1"),
         (lambda: BASE.with_parallel(pp=4, vpp=4), r"model\.num_layers=24 .*= 4 x 4"),
         (lambda: BASE.with_parallel(tp=3), r"parallel\.tp=3 .*model\.num_attention_heads=4"),
@@ -424,3 +431,24 @@ def test_micro_batch_chosen_by_layout(parallel: dict[str, int], world: int, expe
 def test_micro_batch_kept_when_set() -> None:
     run = RunConfig(model=MODEL, train=TrainConfig(global_batch_size=24, micro_batch_size=2))
     assert with_micro_batch(run, 1) is run
+
+
+def test_more_memories_are_set_and_read_back(tmp_path: Path) -> None:
+    run = override(BASE, ["more_memories=[{layers: [2], num_subkeys: 6, top_k: 3, variant: peer}]"])
+    assert list(run.memories) == ["memory", "memory1"]
+    second = run.memories["memory1"]
+    assert (second.layers, second.num_slots, second.table_names) == ((2,), 36, ("values", "down"))
+    (tmp_path / "run.yaml").write_text(to_yaml(run))
+    assert load_yaml(tmp_path / "run.yaml") == run
+    with pytest.raises(ConfigError, match="more_memories"):
+        override(BASE, ["more_memories=[{layres: [2]}]"])
+
+
+def test_memories_are_placed_apart_on_one_grid() -> None:
+    run = replace(BASE, more_memories=(replace(MEMORY, layers=(2, 3), num_subkeys=5, variant="peer"),))
+    placement = place(run.with_parallel(pp=2, mp=2, mp_rows=2), 4)
+    first, second = placement.memories.values()
+    assert (first.stages, second.stages) == ((0, 1), (0,))
+    assert (first.plan.num_slots, second.plan.num_slots) == (64, 25)
+    assert placement.table_stages == (0, 1)
+    assert "memory: a copy" in placement.reason and "memory1: table on stage 0" in placement.reason

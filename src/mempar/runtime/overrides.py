@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mempar.errors import ConfigError
+from mempar.memory.config import MemoryConfig
 from mempar.runtime.config import RunConfig
 
 
@@ -112,9 +113,20 @@ def _merge(schema: DictConfig, parse: Callable[[], Any], key: str, source: str, 
         given = parse()
         if OmegaConf.missing_keys(given):
             raise ValueError("??? stands for a missing value")
+        if key == "more_memories":
+            given = OmegaConf.create({key: [_memory(item) for item in given[key]]})
         merged = OmegaConf.merge(schema, given)
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError):
         raise ConfigError(f"{source}: {key} must be {_type_of(config, key)}; give a value of that type.") from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _memory(settings: Any) -> DictConfig:
+    """One of `more_memories`, with every name and type checked; OmegaConf does not look into tuples."""
+    schema = OmegaConf.structured(MemoryConfig())
+    OmegaConf.set_readonly(schema, False)
+    merged = OmegaConf.merge(schema, settings)
     assert isinstance(merged, DictConfig)
     return merged
 
