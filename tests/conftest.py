@@ -1,10 +1,14 @@
 """Fixtures of the whole session: the pool of ranks, and the figures that tests want to be seen."""
 
+import random
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
+from mempar.parallel import collectives
 from rank_pool import RankPool
+from thread_groups import THREAD_DIST, Threads
 
 FIGURES = pytest.StashKey[dict[str, float]]()
 
@@ -28,6 +32,23 @@ def note_figure(pytestconfig: pytest.Config) -> Callable[[str, float], None]:
         figures[name] = max(value, figures.get(name, value))
 
     return note
+
+
+@pytest.fixture(scope="module")
+def in_threads() -> Iterator[Threads]:
+    """Runs functions as members of groups between threads; see thread_groups.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "dist", THREAD_DIST)
+        yield Threads()
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """Fresh random numbers, torch's too."""
+    seed = torch.seed()
+    # Shown by pytest when a test fails; torch.manual_seed(it) and random.Random(it) repeat the test.
+    print(f"torch and random seed {seed}")
+    return random.Random(seed)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -11,6 +11,7 @@ from mempar.errors import ConfigError
 
 VARIANTS = ("memory", "memory_plus", "peer")
 OPTIMIZERS = ("adamw", "row_adam")
+MERGING = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class MemoryConfig:
         lr: peak learning rate of the values; 0 means ten times the dense one.
         weight_decay: decoupled decay of the values; negative means the dense one.
         clip_grad: limit of the gradient norm of the values alone; 0 turns it off.
+        merge_duplicates: whether reads of a token that chose the same slot (in different heads) travel as one:
+            `auto` (where that pays, see `parallel/cost.py`), `on` or `off`.
         column_tile: width of the unit in which columns are cut and row statistics are kept.
     """
 
@@ -54,6 +57,7 @@ class MemoryConfig:
     lr: float = 0.0
     weight_decay: float = -1.0
     clip_grad: float = 1.0
+    merge_duplicates: str = "auto"
     column_tile: int = 128
 
     def __post_init__(self) -> None:
@@ -67,6 +71,11 @@ class MemoryConfig:
             raise ConfigError(
                 f"memory.optimizer={self.optimizer} is not known; it is one of {', '.join(OPTIMIZERS)}; "
                 "set memory.optimizer to one of these."
+            )
+        if self.merge_duplicates not in MERGING:
+            raise ConfigError(
+                f"memory.merge_duplicates={self.merge_duplicates} is not known; it is one of {', '.join(MERGING)}; "
+                "set memory.merge_duplicates to one of these (in YAML in quotes)."
             )
         for name in ("num_subkeys", "heads", "top_k", "key_dim", "column_tile"):
             if getattr(self, name) < 1:

@@ -1,14 +1,15 @@
 """Reading a table that is cut over ranks: entries travel to the owners, sums travel back.
 
-Four phases, each one all-to-all over the memory-parallel group (letters as in cost.py):
+Four phases (letters as in cost.py):
   C   split sizes, where the host cannot know them
   F1  (row, weight) entries to the ranks of the row shard that owns them
   F2  each owner's weighted sums `[T_p, D_j]` to the rank p whose tokens they are
   B1  output gradients, column slice by column slice, to every owner
   B2  gradients of the weights back to the rank that sent the entry
 An owner returns sums of rows, never rows. With one row shard (columns) every rank needs all entries,
-so counts and sizes are known and C is empty; with one column shard (rows) an entry has one owner; a
-grid is both at once. Row gradients are deposited where the rows are and do not travel.
+so counts and sizes are known and C is empty, unless reads are merged; with one column shard (rows) an
+entry has one owner; a grid is both at once. Row gradients are deposited where the rows are and do not
+travel. F2 and B1, the bulk of the bytes, go in one hop or two (one_hop.py, two_hops.py); the rest is here.
 
 The transpose, rows times a vector of each token, takes the same roads: vectors travel as output
 gradients do (B1), products as score gradients (B2), and backward their gradients as weights (F1) and
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mempar.parallel.collectives import MemberGroup
+from mempar.parallel.one_hop import OneHop
 from mempar.parallel.routing import RoutedEntries, route
 from mempar.parallel.shard_plan import ShardPlan
 
@@ -54,36 +56,66 @@ class RowStore(Protocol):
         ...
 
 
+class ValueRoute(Protocol):
+    """How sums and output gradients travel between a token's rank and the owners of its rows."""
+
+    def return_values(self, partial: Tensor, token_counts: list[int]) -> Tensor:
+        """Phase F2: from an owner's sums `[T_sum, D_j]` of all tokens to `[T, D]` of this rank's."""
+        ...
+
+    def send_output_grads(self, grad: Tensor, token_counts: list[int]) -> Tensor:
+        """Phase B1: from `[T, D]` of this rank's tokens to an owner's columns `[T_sum, D_j]` of all."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Request:
-    """What this rank was asked for in one read, and how it asked the others."""
+class Request:
+    """What this rank was asked for in one read, and how it asked the others.
+
+    Attributes:
+        routed: this rank's entries.
+        receive_sizes: entries received from each member.
+        token_counts: tokens of each member.
+        row_index: `[received E] int32`, rows of this shard.
+        offsets: `[T_sum + 1] int32`, where each token's entries start.
+    """
 
     routed: RoutedEntries
-    send_sizes: list[int]  # entries sent to each member
-    receive_sizes: list[int]  # entries received from each member
-    token_counts: list[int]  # tokens of each member
-    row_index: Tensor  # [received E] int32
-    offsets: Tensor  # [T_sum + 1] int32
+    receive_sizes: list[int]
+    token_counts: list[int]
+    row_index: Tensor
+    offsets: Tensor
 
 
 class ShardedReader:
     """Reads rows of a table whose shards lie on the members of one memory-parallel group."""
 
-    def __init__(self, store: RowStore, plan: ShardPlan, group: MemberGroup) -> None:
+    def __init__(
+        self,
+        store: RowStore,
+        plan: ShardPlan,
+        group: MemberGroup,
+        *,
+        value_route: ValueRoute | None = None,
+        merge: bool = False,
+    ) -> None:
         """Join a shard with the group.
 
         Args:
             store: this rank's shard.
             plan: how the table is cut; its number of shards is the group's size.
             group: the memory-parallel group.
+            value_route: how values and output gradients travel; by default in one hop over the group.
+            merge: whether reads of a token that chose the same slot travel as one.
         """
         if plan.num_shards != group.size:
             raise ValueError(f"{plan.num_shards} shards need a group of that size, got {group.size} members.")
         self.store = store
         self.plan = plan
         self.group = group
+        self.value_route = value_route or OneHop(plan, group)
+        self.merge = merge
         self.row_cuts = plan.row_cuts
-        self.columns = [plan.columns_of(member) for member in range(group.size)]
 
     def read(self, slot_index: Tensor, weight: Tensor, token_counts: list[int] | None = None) -> Tensor:
         """Sum the weighted rows of every token, wherever they lie.
@@ -111,11 +143,15 @@ class ShardedReader:
         """
         return _ShardedDot.apply(x.to(self.store.values.dtype), slot_index, token_counts, self)
 
-    def request(self, slot_index: Tensor, token_counts: list[int] | None) -> _Request:
-        """Phases C and F1: tell the owners which rows this rank wants."""
-        routed = route(slot_index, self.row_cuts)
-        send_sizes = [routed.sizes[self.plan.row_shard(member)] for member in range(self.group.size)]
-        receive_sizes, token_counts = self._sizes(slot_index, send_sizes, token_counts)
+    def request(self, slot_index: Tensor, token_counts: list[int] | None = None) -> Request:
+        """Phase C and the rows of F1: tell the owners which rows this rank wants.
+
+        Args:
+            slot_index: `[T, M] int64`, M equal on all members.
+            token_counts: T of every member, where known; otherwise they are exchanged too.
+        """
+        routed = route(slot_index, self.row_cuts, merge=self.merge)
+        receive_sizes, token_counts = self._sizes(slot_index, routed, token_counts)
         row_index = self._to_owners(list(routed.row_index.split(routed.sizes)), receive_sizes)
         if routed.counts is None:
             reads = slot_index.shape[1]
@@ -124,105 +160,78 @@ class ShardedReader:
             counts = self._to_owners(list(routed.counts), token_counts).int()
         offsets = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
         torch.cumsum(counts, 0, out=offsets[1:])
-        return _Request(
+        return Request(
             routed=routed,
-            send_sizes=send_sizes,
             receive_sizes=receive_sizes,
             token_counts=token_counts,
             row_index=row_index,
             offsets=offsets,
         )
 
-    def send_weights(self, weight: Tensor, request: _Request) -> Tensor:
-        """Phase F1: give the owners the number of every entry.
+    def send_weights(self, weight: Tensor, request: Request) -> Tensor:
+        """The weights of F1: tell the owners how this rank's reads weigh.
 
         Args:
             weight: `[T, M]`.
-            request: where the entries went.
+            request: the reads that they belong to.
 
         Returns:
             `[received E]`.
         """
         routed = request.routed
-        return self._to_owners(list(routed.sort(weight.reshape(-1)).split(routed.sizes)), request.receive_sizes)
+        return self._to_owners(list(routed.to_entries(weight).split(routed.sizes)), request.receive_sizes)
 
-    def _to_owners(self, buckets: list[Tensor], sizes: list[int]) -> Tensor:
-        """Send bucket i to the members of row shard i, of which there is one in each column shard."""
-        parts = [buckets[self.plan.row_shard(member)] for member in range(self.group.size)]
-        return self.group.all_to_all(torch.cat(parts), [len(part) for part in parts], sizes, "entries")
+    def return_values(self, partial: Tensor, request: Request) -> Tensor:
+        """Phase F2: from this shard's sums `[T_sum, D_j]` of all members' tokens to this rank's `[T, D]`."""
+        return self.value_route.return_values(partial, request.token_counts)
 
-    def _sizes(
-        self, slot_index: Tensor, send_sizes: list[int], token_counts: list[int] | None
-    ) -> tuple[list[int], list[int]]:
-        """Phase C: entries and tokens to expect from each member."""
-        num_tokens, reads = slot_index.shape
-        every_entry = self.plan.num_row_shards == 1
-        if token_counts is not None and every_entry:
-            return [count * reads for count in token_counts], token_counts
-        if token_counts is not None:
-            received = self.group.exchange_counts([[n] for n in send_sizes], slot_index.device, "split_sizes")
-            return [size for (size,) in received], token_counts
-        if every_entry:
-            received = self.group.exchange_counts([[num_tokens]] * self.group.size, slot_index.device, "split_sizes")
-            return [count * reads for (count,) in received], [count for (count,) in received]
-        pairs = [[size, num_tokens] for size in send_sizes]
-        received = self.group.exchange_counts(pairs, slot_index.device, "split_sizes")
-        return [size for size, _ in received], [count for _, count in received]
+    def send_output_grads(self, grad: Tensor, request: Request) -> Tensor:
+        """Phase B1: from this rank's `[T, D]` to this shard's columns `[T_sum, D_j]` of all members' tokens."""
+        return self.value_route.send_output_grads(grad, request.token_counts)
 
-    def return_values(self, partial: Tensor, token_counts: list[int], num_tokens: int) -> Tensor:
-        """Phase F2: send each rank the sums of its tokens; add row shards, join column shards.
-
-        Args:
-            partial: `[T_sum, D_j]`, this shard's sums for all members' tokens.
-            token_counts: tokens of each member.
-            num_tokens: T of this rank.
-
-        Returns:
-            `[T, D]`.
-        """
-        width = partial.shape[1]
-        receive_sizes = [num_tokens * (end - start) for start, end in self.columns]
-        send_sizes = [count * width for count in token_counts]
-        received = self.group.all_to_all(partial.reshape(-1), send_sizes, receive_sizes, "values")
-        out = partial.new_zeros(num_tokens, self.plan.value_dim)
-        # Members in order: row shards are added lowest first, whatever this rank's own shard is.
-        for piece, (start, end) in zip(received.split(receive_sizes), self.columns, strict=True):
-            out[:, start:end] += piece.view(num_tokens, end - start)
-        return out
-
-    def send_output_grads(self, grad: Tensor, token_counts: list[int]) -> Tensor:
-        """Phase B1: give every owner its columns of this rank's output gradient.
-
-        Args:
-            grad: `[T, D]`.
-            token_counts: tokens of each member.
-
-        Returns:
-            `[T_sum, D_j]`, the gradients of all members' tokens for this shard's columns.
-        """
-        start, end = self.columns[self.group.rank]
-        width = end - start
-        send = torch.cat([grad[:, start:end].reshape(-1) for start, end in self.columns])
-        send_sizes = [len(grad) * (end - start) for start, end in self.columns]
-        received = self.group.all_to_all(send, send_sizes, [count * width for count in token_counts], "output_grads")
-        return received.view(sum(token_counts), width)
-
-    def return_score_grads(self, score_grad: Tensor, request: _Request) -> Tensor:
+    def return_score_grads(self, score_grad: Tensor, request: Request) -> Tensor:
         """Phase B2: send each rank the gradient of its weights; add column shards.
 
         Args:
             score_grad: `[received E]`, this shard's part of the gradients.
-            request: the forward pass that it belongs to.
+            request: the reads that they belong to.
 
         Returns:
-            `[E]` in token order.
+            `[T*M]`, for every read.
         """
-        received = self.group.all_to_all(score_grad, request.receive_sizes, request.send_sizes, "score_grads")
-        pieces = received.split(request.send_sizes)
         rows = self.plan.num_row_shards
+        sizes = self._send_sizes(request.routed)
+        pieces = self.group.all_to_all(score_grad, request.receive_sizes, sizes, "score_grads").split(sizes)
         # Column shards are added lowest first; member m holds row shard m % R.
         buckets = [sum(pieces[shard + rows :: rows], pieces[shard]) for shard in range(rows)]
-        return request.routed.unsort(torch.cat(buckets))
+        return request.routed.to_reads(torch.cat(buckets))
+
+    def _send_sizes(self, routed: RoutedEntries) -> list[int]:
+        """Entries for each member."""
+        return [routed.sizes[self.plan.row_shard(member)] for member in range(self.group.size)]
+
+    def _to_owners(self, buckets: list[Tensor], receive_sizes: list[int]) -> Tensor:
+        """Send bucket i to every rank of row shard i."""
+        sent = [buckets[self.plan.row_shard(member)] for member in range(self.group.size)]
+        return self.group.all_to_all(torch.cat(sent), [len(part) for part in sent], receive_sizes, "entries")
+
+    def _sizes(
+        self, slot_index: Tensor, routed: RoutedEntries, token_counts: list[int] | None
+    ) -> tuple[list[int], list[int]]:
+        """Phase C: entries and tokens to expect from each member; only what it cannot know is exchanged."""
+        num_tokens, reads = slot_index.shape
+        fixed = routed.counts is None
+        told: list[list[int]] = [[] for _ in range(self.group.size)]
+        if not fixed:
+            told = [[size] for size in self._send_sizes(routed)]
+        if token_counts is None:
+            told = [[*numbers, num_tokens] for numbers in told]
+        if told[0]:
+            told = self.group.exchange_counts(told, slot_index.device, "split_sizes")
+        if token_counts is None:
+            token_counts = [numbers[-1] for numbers in told]
+        entries = [count * reads for count in token_counts] if fixed else [numbers[0] for numbers in told]
+        return entries, token_counts
 
 
 class _ShardedRead(torch.autograd.Function):
@@ -235,14 +244,14 @@ class _ShardedRead(torch.autograd.Function):
         ctx.reader, ctx.request, ctx.shape = reader, request, slot_index.shape
         ctx.save_for_backward(owner_weight)
         partial = reader.store.gather(request.row_index, owner_weight, request.offsets)
-        return reader.return_values(partial, request.token_counts, len(slot_index))
+        return reader.return_values(partial, request)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         reader, request = ctx.reader, ctx.request
         (owner_weight,) = ctx.saved_tensors
-        owner_grad = reader.send_output_grads(grad, request.token_counts)
+        owner_grad = reader.send_output_grads(grad, request)
         score_grad = reader.store.backward(request.row_index, owner_weight, request.offsets, owner_grad)
         return reader.return_score_grads(score_grad, request).view(ctx.shape), None, None, None
 
@@ -253,8 +262,8 @@ class _ShardedDot(torch.autograd.Function):
         ctx: Any, x: Tensor, slot_index: Tensor, token_counts: list[int] | None, reader: ShardedReader
     ) -> Tensor:
         request = reader.request(slot_index, token_counts)
-        owner_x = reader.send_output_grads(x.detach(), request.token_counts)
-        ctx.reader, ctx.request, ctx.num_tokens = reader, request, len(slot_index)
+        owner_x = reader.send_output_grads(x.detach(), request)
+        ctx.reader, ctx.request = reader, request
         ctx.save_for_backward(owner_x)
         products = reader.store.dot(request.row_index, request.offsets, owner_x)
         return reader.return_score_grads(products, request).view(slot_index.shape)
@@ -266,4 +275,4 @@ class _ShardedDot(torch.autograd.Function):
         (owner_x,) = ctx.saved_tensors
         owner_grad = reader.send_weights(grad, request)
         partial = reader.store.dot_backward(request.row_index, owner_grad, request.offsets, owner_x)
-        return reader.return_values(partial, request.token_counts, ctx.num_tokens), None, None, None
+        return reader.return_values(partial, request), None, None, None

@@ -20,6 +20,8 @@ class MemoryGroups:
 
     Attributes:
         memory: the P ranks over which tables are cut.
+        inside: of a two-hop grid the R ranks that hold this rank's column shard; else this rank alone.
+        across: of a two-hop grid the W ranks that hold this rank's row shard; else this rank alone.
         copies: for each memory of the model, the ranks that hold the same shards of it (replicas and
             stage copies).
         tensor: the tensor-parallel ranks, for the token split.
@@ -27,6 +29,8 @@ class MemoryGroups:
     """
 
     memory: MemberGroup
+    inside: MemberGroup
+    across: MemberGroup
     copies: tuple[MemberGroup, ...]
     tensor: MemberGroup
     ledger: ByteLedger
@@ -63,7 +67,15 @@ def make_memory_groups(
 
     every_stage = tuple(sorted(set().union(*stages_of_memories)))
     memory = join(grid.memory_groups(every_stage))
+    inside, across = join(grid.inside_groups(every_stage)), join(grid.across_groups(every_stage))
     # Memories on the same stages have the same copies.
     by_stages = {stages: join(grid.copy_groups(stages)) for stages in dict.fromkeys(stages_of_memories)}
-    copies = tuple(by_stages[stages] for stages in stages_of_memories)
-    return MemoryGroups(memory=memory, copies=copies, tensor=MemberGroup(tensor_group, ledger), ledger=ledger), made
+    groups = MemoryGroups(
+        memory=memory,
+        inside=inside,
+        across=across,
+        copies=tuple(by_stages[stages] for stages in stages_of_memories),
+        tensor=MemberGroup(tensor_group, ledger),
+        ledger=ledger,
+    )
+    return groups, made

@@ -11,7 +11,8 @@ class ByteLedger:
     """Bytes sent by this rank, what it keeps for itself excluded.
 
     Phases of the exchange: `split_sizes` (C), `entries` (F1), `values` (F2), `output_grads` (B1),
-    `score_grads` (B2); around it `token_gather` and `score_gather` (tensor-parallel token split)
+    `score_grads` (B2); on two-hop grids `values_inside`, `values_across`, `output_grads_across` and
+    `output_grads_inside` stand for F2 and B1; around it `token_gather` and `score_gather` (tensor-parallel token split)
     and `copy_sync` (replicas and stage copies).
     """
 

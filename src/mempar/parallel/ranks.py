@@ -22,6 +22,7 @@ class RankGrid:
         pp: pipeline-parallel size.
         mp: memory-parallel size P.
         mp_rows: row shards R; column shards are P / R.
+        mp_hops: hops that sums and output gradients take in a memory-parallel group; two need a grid.
     """
 
     world: int
@@ -30,6 +31,7 @@ class RankGrid:
     pp: int = 1
     mp: int = 1
     mp_rows: int = 1
+    mp_hops: int = 1
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit each other."""
@@ -51,6 +53,12 @@ class RankGrid:
             raise ConfigError(
                 f"parallel.mp_rows={self.mp_rows} does not divide parallel.mp={self.mp}; a grid has "
                 "mp_rows x (mp / mp_rows) shards; use a divisor of mp."
+            )
+        if self.mp_hops == 2 and not 1 < self.mp_rows < self.mp:
+            raise ConfigError(
+                f"parallel.mp_hops=2 with {self.mp_rows} row x {self.mp_columns} column shards: the hops go over row "
+                "shards and over column shards, so a grid needs several of both; set parallel.mp_rows to a divisor of "
+                f"parallel.mp={self.mp} between the two, or parallel.mp_hops=1."
             )
 
     @property
@@ -91,6 +99,17 @@ class RankGrid:
             for stage in stages
             for start in range(stage * self.stage_size, (stage + 1) * self.stage_size, self.mp)
         ]
+
+    def inside_groups(self, stages: tuple[int, ...]) -> list[list[int]]:
+        """World ranks of one column shard of a memory-parallel group: the hop inside a node, if there are two."""
+        rows = self.mp_rows
+        groups = self.memory_groups(stages) if self.mp_hops == 2 else []
+        return [group[start : start + rows] for group in groups for start in range(0, self.mp, rows)]
+
+    def across_groups(self, stages: tuple[int, ...]) -> list[list[int]]:
+        """World ranks of one row shard of a memory-parallel group: the hop across nodes, if there are two."""
+        groups = self.memory_groups(stages) if self.mp_hops == 2 else []
+        return [group[row :: self.mp_rows] for group in groups for row in range(self.mp_rows)]
 
     def copy_groups(self, stages: tuple[int, ...]) -> list[list[int]]:
         """World ranks that hold the same shard of a table on these stages: replicas, and copies on other stages."""

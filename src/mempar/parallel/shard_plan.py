@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from mempar.dims import TableSlice, even_cuts
 from mempar.errors import ConfigError
 
+# Rows of a shard are int32 on the wire and in gradient records.
+MAX_SHARD_ROWS = 2**31 - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
@@ -40,6 +43,11 @@ class ShardPlan:
             raise ConfigError(
                 f"{self.num_row_shards} row shards exceed the {self.num_slots} slots of the table; every shard "
                 "needs a row; use fewer row shards."
+            )
+        if self.num_slots > MAX_SHARD_ROWS * self.num_row_shards:
+            raise ConfigError(
+                f"{self.num_slots} slots on {self.num_row_shards} row shards exceed {MAX_SHARD_ROWS} rows a shard; "
+                "rows of a shard are numbered in 32 bits; use more row shards (parallel.mp_rows)."
             )
 
     @property

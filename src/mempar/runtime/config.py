@@ -81,7 +81,9 @@ class ModelConfig:
 class ParallelConfig:
     """Sizes of the parallel dimensions; what remains of the ranks is data parallel.
 
-    `mp_rows=0` chooses columns or rows by the bytes that they send (see `parallel/cost.py`).
+    `mp_rows=0` chooses columns or rows by the bytes that they send (see `parallel/cost.py`). `mp_hops=2` reduces
+    the sums of a grid over its row shards, inside a node where a node has `mp_rows` ranks, before they cross to
+    other column shards.
     """
 
     tp: int = 1
@@ -90,6 +92,7 @@ class ParallelConfig:
     cp: int = 1
     mp: int = 1
     mp_rows: int = 0
+    mp_hops: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
 
@@ -111,6 +114,16 @@ class ParallelConfig:
             raise ConfigError(
                 f"parallel.mp_rows={self.mp_rows} does not divide parallel.mp={self.mp}; the shards form a grid of "
                 "mp_rows x mp / mp_rows; use a divisor of parallel.mp."
+            )
+        if self.mp_hops not in (1, 2):
+            raise ConfigError(
+                f"parallel.mp_hops={self.mp_hops} is not known; sums take one hop, or two on a grid; use 1 or 2."
+            )
+        if self.mp_hops == 2 and not 1 < self.mp_rows < self.mp:
+            raise ConfigError(
+                f"parallel.mp_hops=2 with parallel.mp_rows={self.mp_rows}, parallel.mp={self.mp}: the hops go over row "
+                "shards and over column shards, so a grid needs several of both; set parallel.mp_rows to a divisor of "
+                "parallel.mp between the two, or use parallel.mp_hops=1."
             )
 
     @property

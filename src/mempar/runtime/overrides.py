@@ -14,6 +14,9 @@ from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
 from mempar.runtime.config import RunConfig
 
+# What YAML reads as true or false, and what is meant as written where a text is asked for.
+_TRUTH_VALUES = ("on", "off", "yes", "no", "true", "false")
+
 
 def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     """Return the config with `section.key=value` assignments applied.
@@ -32,6 +35,8 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
             raise ConfigError(f"'{key}' is a section; an override sets one value; write {key}.NAME=VALUE.")
         # An empty value is an empty text, not YAML's null.
         text = assignment if value else f'{key}=""'
+        if _type_of(config, key) == "str" and value.lower() in _TRUTH_VALUES:
+            text = f'{key}="{value}"'
         schema = _merge(schema, lambda text=text: OmegaConf.from_dotlist([text]), key, f"'{assignment}'", config)
     return _freeze(schema)
 
@@ -61,6 +66,10 @@ def load_yaml(path: Path) -> RunConfig:
         for name, value in settings.items():
             key = f"{section}.{name}"
             _check_key(default, key)
+            if _type_of(default, key) == "str" and isinstance(value, bool):
+                raise ConfigError(
+                    f"{path}: {key} must be str, but YAML reads on, off, yes and no as true or false; put it in quotes."
+                )
             nested = {section: {name: value}}
             schema = _merge(schema, lambda nested=nested: OmegaConf.create(nested), key, str(path), default)
     return _freeze(schema)

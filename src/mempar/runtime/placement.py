@@ -8,7 +8,8 @@ every stage with a memory layer keeps a copy of its shard, and copies are kept e
 from dataclasses import dataclass, replace
 
 from mempar.errors import ConfigError
-from mempar.parallel.cost import columns_send_fewer_bytes
+from mempar.memory.config import MemoryConfig
+from mempar.parallel.cost import columns_send_fewer_bytes, duplicate_share, merging_pays
 from mempar.parallel.ranks import RankGrid
 from mempar.parallel.shard_plan import ShardPlan
 from mempar.runtime.config import RunConfig
@@ -25,11 +26,13 @@ class MemoryPlacement:
     Attributes:
         stages: pipeline stages that hold the tables, ascending.
         plan: their cuts.
+        merge: whether reads of a token that chose the same slot travel as one.
         reason: one line that says where they lie and why.
     """
 
     stages: tuple[int, ...]
     plan: ShardPlan
+    merge: bool
     reason: str
 
 
@@ -77,7 +80,9 @@ def place(config: RunConfig, world: int) -> Placement:
             f"parallel.mp={sizes.mp} with memory.enabled=false: there is no table to cut; use parallel.mp=1."
         )
     rows, why = _row_shards(config)
-    grid = RankGrid(world=world, tp=sizes.tp, cp=sizes.cp, pp=sizes.pp, mp=sizes.mp, mp_rows=rows)
+    grid = RankGrid(
+        world=world, tp=sizes.tp, cp=sizes.cp, pp=sizes.pp, mp=sizes.mp, mp_rows=rows, mp_hops=sizes.mp_hops
+    )
     _check_batch(config, grid)
     memories = {}
     for name, memory in config.memories.items():
@@ -96,9 +101,9 @@ def place(config: RunConfig, world: int) -> Placement:
             num_row_shards=rows,
             num_column_shards=sizes.mp // rows,
         )
-        memories[name] = MemoryPlacement(
-            stages=stages, plan=plan, reason=f"{_where(config, memory.layers, stages)}; {why}"
-        )
+        merge, how = _merging(memory, plan)
+        reason = f"{_where(config, memory.layers, stages)}; {why}{how}"
+        memories[name] = MemoryPlacement(stages=stages, plan=plan, merge=merge, reason=reason)
     return Placement(grid=grid, memories=memories)
 
 
@@ -129,7 +134,8 @@ def _row_shards(config: RunConfig) -> tuple[int, str]:
         return 1, "one shard"
     if config.parallel.mp_rows:
         rows = config.parallel.mp_rows
-        return rows, f"{rows} row x {mp // rows} column shards as set"
+        hops = "" if rows in (1, mp) else ", two hops" if config.parallel.mp_hops == 2 else ", one hop"
+        return rows, f"{rows} row x {mp // rows} column shards as set{hops}"
     memories = config.memories.values()
     # Summed over the layers, since one grid serves all tables.
     reads = sum(len(memory.layers) * memory.heads * memory.top_k for memory in memories)
@@ -142,6 +148,18 @@ def _row_shards(config: RunConfig) -> tuple[int, str]:
         return 1, f"{mp} column shards, which send fewer bytes than rows at {read}"
     why = f"only {tiles} column tiles" if fewer else "which send fewer bytes than columns"
     return mp, f"{mp} row shards ({why} at {read})"
+
+
+def _merging(memory: MemoryConfig, plan: ShardPlan) -> tuple[bool, str]:
+    if plan.num_shards == 1:
+        return False, ""
+    if memory.merge_duplicates != "auto":
+        merge = memory.merge_duplicates == "on"
+        return merge, "; duplicate reads merged as set" if merge else ""
+    reads = {"heads": memory.heads, "top_k": memory.top_k, "num_slots": memory.num_slots}
+    share = duplicate_share(**reads)
+    merge = merging_pays(**reads, value_dim=plan.value_dim, num_row_shards=plan.num_row_shards)
+    return merge, f"; duplicate reads ({share:.0%} expected) merged" if merge else ""
 
 
 def _where(config: RunConfig, layers: tuple[int, ...], stages: tuple[int, ...]) -> str:

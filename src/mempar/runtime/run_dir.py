@@ -25,6 +25,8 @@ _IDENTITY = {
     "train": ("seed", "global_batch_size", "seq_length", "dtype"),
     "data": ("corpus", "paths", "weights", "tokenizer"),
 }
+# How a run is computed, not what: may change when it is continued, as the parallel layout may.
+_FREE = ("merge_duplicates",)
 # What a checkpoint's tensors depend on.
 _SHAPES = {
     "model": None,
@@ -173,6 +175,6 @@ def _differences(saved: RunConfig, run: RunConfig, compared: dict[str, tuple[str
     ]
     for section, before, now, names in pairs:
         for name in names or [setting.name for setting in dataclasses.fields(now)]:
-            if getattr(before, name) != getattr(now, name):
+            if name not in _FREE and getattr(before, name) != getattr(now, name):
                 differing.append(f"{section}.{name} is {getattr(before, name)} there and {getattr(now, name)} here")
     return differing

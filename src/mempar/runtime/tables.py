@@ -16,7 +16,9 @@ from mempar.memory.lookup import LocalReader, Readers, RowReader, SilentReader
 from mempar.memory.values import ValueShard
 from mempar.parallel.collectives import MemberGroup
 from mempar.parallel.exchange import ShardedReader
+from mempar.parallel.one_hop import OneHop
 from mempar.parallel.token_split import TokenSplitReader
+from mempar.parallel.two_hops import TwoHops
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
 
@@ -112,8 +114,12 @@ def _reader(run: RunConfig, world: World, memory: str, shard: ValueShard) -> Row
     assert world.groups is not None
     group, placement = world.groups.memory, world.placement
     plan = placement.memories[memory].plan
-    reader: RowReader = LocalReader(shard) if group.size == 1 else ShardedReader(shard, plan, group)
     grid = placement.grid
+    reader: RowReader = LocalReader(shard)
+    if group.size > 1:
+        two = grid.mp_hops == 2
+        value_route = TwoHops(plan, world.groups.inside, world.groups.across) if two else OneHop(plan, group)
+        reader = ShardedReader(shard, plan, group, value_route=value_route, merge=placement.memories[memory].merge)
     if grid.tp > 1 and not run.parallel.sequence_parallel:
         groups = grid.memory_groups((grid.stage_of(world.rank),))
         members = next(ranks for ranks in groups if world.rank in ranks)
