@@ -17,7 +17,8 @@ from toy import toy_run
 RANDOM_SEED = 2027
 NUM_RANDOM = 6
 
-# name: ranks, sizes. "c" are column shards, "r" rows, "g" a grid of both, "do" the distributed optimizer.
+# name: ranks, sizes. "c" are column shards, "r" rows, "g" a grid of both, "2h" one with two hops, "do" the
+# distributed optimizer.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}),
     "tp2sp": (2, {"tp": 2, "sequence_parallel": True}),
@@ -32,7 +33,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "mp4r": (4, {"mp": 4, "mp_rows": 4}),
     "mp4g": (4, {"mp": 4, "mp_rows": 2}),
     "mp6c": (6, {"mp": 6, "mp_rows": 1}),
-    "mp6r": (6, {"mp": 6, "mp_rows": 6}),
+    "mp4g2h": (4, {"mp": 4, "mp_rows": 2, "mp_hops": 2}),
+    "mp6g2h": (6, {"mp": 6, "mp_rows": 3, "mp_hops": 2}),
     "mp2c-replicas": (4, {"mp": 2, "mp_rows": 1}),
     "tp2-mp2c": (2, {"tp": 2, "mp": 2, "mp_rows": 1}),
     "tp2-mp2r": (2, {"tp": 2, "mp": 2, "mp_rows": 2}),
@@ -54,7 +56,10 @@ AXES: dict[str, tuple[Any, ...]] = {
     "tied": (False, True),
     "ragged": (False, True),
     "extras": (False, True),
+    "merge": ("off", "on"),
 }
+# Axes that decide, with the layout, whether a combination is possible.
+POSSIBLE = ("leg", "kind", "optimizer", "extras", "merge")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +73,17 @@ class Case:
 
     @property
     def single(self) -> RunConfig:
-        """The same run in a single process."""
-        return replace(self.run, parallel=ParallelConfig())
+        """The same run in a single process, where nothing travels and nothing is merged."""
+        memories = [replace(memory, merge_duplicates="off") for memory in (self.run.memory, *self.run.more_memories)]
+        return replace(self.run, memory=memories[0], more_memories=tuple(memories[1:]), parallel=ParallelConfig())
 
 
-def is_possible(world_size: int, sizes: dict[str, Any], *, leg: str, kind: str, optimizer: str, extras: bool) -> bool:
+def is_possible(
+    world_size: int, sizes: dict[str, Any], *, leg: str, kind: str, optimizer: str, extras: bool, merge: str
+) -> bool:
     """Whether a combination has a meaning and is not refused by design."""
+    if merge == "on" and sizes.get("mp", 1) == 1:
+        return False
     if kind == "dense" and (sizes.get("mp", 1) > 1 or optimizer != "row_adam" or extras):
         return False
     return not (leg == "float64" and sizes.get("distributed_optimizer"))
@@ -96,6 +106,7 @@ def make_case(name: str, world_size: int, sizes: dict[str, Any], *, leg: str, **
     )
     marks = [model["kind"] + ("+norms+gate" if model["extras"] else "")]
     marks += [] if model["kind"] == "dense" else [model["optimizer"]]
+    marks += ["merged"] if model["merge"] == "on" else []
     marks += ["tied" if model["tied"] else "untied", "ragged" if model["ragged"] else "even"]
     return Case(name=f"{leg}-{name}-{'-'.join(marks)}", world_size=world_size, leg=leg, run=run)
 
@@ -105,7 +116,7 @@ def pairwise_cases() -> list[Case]:
     pairs: dict[tuple[Any, ...], frozenset[Any]] = {}
     for values in itertools.product(*AXES.values()):
         axes = dict(zip(AXES, values, strict=True))
-        if is_possible(*LAYOUTS[axes["layout"]], **{key: axes[key] for key in ("leg", "kind", "optimizer", "extras")}):
+        if is_possible(*LAYOUTS[axes["layout"]], **{key: axes[key] for key in POSSIBLE}):
             pairs[values] = frozenset(itertools.combinations(enumerate(values), 2))
     # Ties fall to the first: a fixed shuffle makes it a different one every time, the same in every run.
     possible = sorted(pairs, key=str)
@@ -139,6 +150,7 @@ def random_cases() -> list[Case]:
             "mp": mp,
             "mp_rows": draw.choice([r for r in range(1, mp + 1) if mp % r == 0]),
         }
+        sizes["mp_hops"] = draw.choice((1, 2)) if 1 < sizes["mp_rows"] < mp else 1
         model = {axis: draw.choice(values) for axis, values in AXES.items() if axis not in ("layout", "leg")}
         leg = draw.choice(LEGS)
         marks = "-".join(
@@ -146,8 +158,8 @@ def random_cases() -> list[Case]:
         )
         if not 4 <= stage * pp <= 8 or mp == 1:
             continue
-        axes = {"leg": leg, "kind": model["kind"], "optimizer": model["optimizer"], "extras": model["extras"]}
-        if is_possible(stage * pp, sizes, **axes):
+        axes = {"leg": leg, **model}
+        if is_possible(stage * pp, sizes, **{axis: axes[axis] for axis in POSSIBLE}):
             cases.append(make_case(f"seed{RANDOM_SEED}.{len(cases)}-{marks}", stage * pp, sizes, leg=leg, **model))
     return cases
 

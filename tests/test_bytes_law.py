@@ -22,7 +22,11 @@ from toy import History, Seen, Session, batches_of, joined, toy_run
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "columns": (2, {"mp": 2, "mp_rows": 1}),
     "rows": (3, {"mp": 3, "mp_rows": 3}),
+    "three-columns": (3, {"mp": 3, "mp_rows": 1}),
     "grid": (4, {"mp": 4, "mp_rows": 2}),
+    "three-by-two": (6, {"mp": 6, "mp_rows": 3}),
+    "two-hops": (4, {"mp": 4, "mp_rows": 2, "mp_hops": 2}),
+    "three-by-two-in-two-hops": (6, {"mp": 6, "mp_rows": 3, "mp_hops": 2}),
     "replicas": (4, {"mp": 2, "mp_rows": 2}),
     "replicas-of-all": (2, {}),
     "stage-copies": (2, {"pp": 2}),
@@ -32,16 +36,23 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp-without-mp": (2, {"tp": 2}),
     "sp-rows": (2, {"tp": 2, "sequence_parallel": True, "mp": 2, "mp_rows": 2}),
     "sp-grid": (4, {"tp": 2, "sequence_parallel": True, "mp": 4, "mp_rows": 2}),
+    "tp-two-hops": (4, {"tp": 2, "mp": 4, "mp_rows": 2, "mp_hops": 2}),
+    "two-hops-and-replicas": (8, {"mp": 4, "mp_rows": 2, "mp_hops": 2}),
     "vpp-columns": (4, {"pp": 2, "vpp": 2, "mp": 2, "mp_rows": 1}),
     "distributed-optimizer-rows": (2, {"mp": 2, "mp_rows": 2, "distributed_optimizer": True}),
 }
 STEPS = 2
 
 
-# float32 on all layouts at both sizes; other widths of values and scores where phases differ.
-CASES = [(layout, "float32", ragged) for layout in LAYOUTS for ragged in (False, True)]
-CASES += [(layout, "bf16", True) for layout in ("columns", "grid", "replicas", "tp-rows-over-two-groups", "sp-grid")]
-CASES += [(layout, "float64", True) for layout in ("rows", "tp-columns", "stage-copies-and-replicas")]
+# float32 on all layouts, on most at both sizes; other widths of values and scores where phases differ; merged
+# duplicates in every form of the exchange.
+LARGE = ("two-hops", "tp-two-hops", "two-hops-and-replicas", "three-by-two", "three-columns")
+CASES = [(layout, "float32", ragged, "off") for layout in LAYOUTS for ragged in (False, True)]
+CASES = [case for case in CASES if case[2] or case[0] not in LARGE]
+CASES += [(layout, "bf16", True, "off") for layout in ("columns", "grid", "replicas", "sp-grid")]
+CASES += [(layout, "float64", True, "off") for layout in ("rows", "tp-columns", "stage-copies-and-replicas")]
+CASES += [(layout, "float32", True, "on") for layout in ("columns", "rows", "grid", "three-by-two-in-two-hops")]
+CASES += [(layout, "bf16", True, "on") for layout in ("tp-rows-over-two-groups", "tp-two-hops")]
 
 
 def train_counting(run: RunConfig, steps: int) -> Seen:
@@ -67,6 +78,8 @@ class Counting:
         self.groups = self.grid.memory_groups(placement.table_stages)
         self.tp, self.shared_lookup = history.run.parallel.tp, not history.run.parallel.sequence_parallel
         self.reads = history.run.memory.heads * history.run.memory.top_k
+        self.merged = history.run.memory.merge_duplicates == "on"
+        self.saved_reads = 0
 
     def blocks_of(self, stage: int) -> list[int]:
         sizes, model = self.run.parallel, self.run.model
@@ -91,6 +104,14 @@ class Counting:
                     tokens = tokens[cuts[tp_rank] : cuts[tp_rank + 1]]
                 yield tokens
 
+    def _entries(self, slots: np.ndarray) -> np.ndarray:
+        """Slots of the entries that stand for the reads `[T, M]` of some tokens."""
+        if not self.merged:
+            return slots
+        entries = [slot for token in slots.tolist() for slot in set(token)]
+        self.saved_reads += slots.size - len(entries)
+        return np.array(entries, dtype=np.int64)
+
     def expected(self, rank: int, step: int) -> Counter[str]:
         """Bytes that a rank sends in one step, by phase, after the formulas."""
         self.step = step
@@ -103,14 +124,22 @@ class Counting:
         member = group.index(rank)
         touched: set[int] = set()
         for slots in zip(*(self.lookups(other) for other in group), strict=True):
-            owned = [np.histogram(part, cuts)[0].tolist() for part in slots]
+            owned = [np.histogram(self._entries(part), cuts)[0].tolist() for part in slots]
             tokens = [len(part) for part in slots]
             first, end = cuts[self.plan.row_shard(member)], cuts[self.plan.row_shard(member) + 1]
             for part in slots:
                 touched.update(part[(part >= first) & (part < end)].tolist())
             if len(group) > 1:
                 counted = exchange_bytes(
-                    self.plan, member, owned, tokens, reads=self.reads, value_bytes=value_bytes, tokens_known=True
+                    self.plan,
+                    member,
+                    owned,
+                    tokens,
+                    reads=self.reads,
+                    value_bytes=value_bytes,
+                    tokens_known=True,
+                    hops=self.run.parallel.mp_hops,
+                    merged=self.merged,
                 )
                 total.update(vars(counted))
             if self.tp > 1 and self.shared_lookup:
@@ -132,10 +161,12 @@ class Counting:
         return total
 
 
-@pytest.mark.parametrize(("layout", "dtype", "ragged"), CASES)
-def test_bytes_of_a_step_equal_formulas(layout: str, dtype: str, ragged: bool, pool: RankPool) -> None:
+@pytest.mark.parametrize(("layout", "dtype", "ragged", "merge"), CASES)
+def test_bytes_of_a_step_equal_formulas(layout: str, dtype: str, ragged: bool, merge: str, pool: RankPool) -> None:
     world_size, sizes = LAYOUTS[layout]
-    run = toy_run(dtype=dtype, ragged=ragged, micro_batches=6 if world_size == 3 else 4, **sizes)
+    dp = world_size // (sizes.get("tp", 1) * sizes.get("pp", 1))
+    micro_batches = {3: 6, 6: 6, 8: 8}.get(dp, 4)
+    run = toy_run(dtype=dtype, ragged=ragged, merge=merge, micro_batches=micro_batches, **sizes)
     history = joined(run, pool.run(world_size, train_counting, run, STEPS))
     counting = Counting(history, place(run, world_size))
     anything = 0
@@ -146,6 +177,7 @@ def test_bytes_of_a_step_equal_formulas(layout: str, dtype: str, ragged: bool, p
         assert seen.extra["bytes"] == {phase: count for phase, count in expected.items() if count}, f"rank {rank}"
         anything += sum(expected.values())
     assert anything > 0
+    assert (counting.saved_reads > 0) == (merge == "on")
 
 
 def test_counting_reads_no_formula() -> None:
@@ -153,7 +185,10 @@ def test_counting_reads_no_formula() -> None:
     import mempar.parallel.collectives
     import mempar.parallel.exchange
     import mempar.parallel.ledger
+    import mempar.parallel.one_hop
+    import mempar.parallel.two_hops
 
-    for module in (mempar.parallel.collectives, mempar.parallel.exchange, mempar.parallel.ledger):
+    parallel = mempar.parallel
+    for module in (parallel.collectives, parallel.exchange, parallel.ledger, parallel.one_hop, parallel.two_hops):
         assert "cost" not in vars(module)
         assert not any(getattr(value, "__module__", "") == "mempar.parallel.cost" for value in vars(module).values())

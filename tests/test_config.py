@@ -21,8 +21,18 @@ BASE = RunConfig(model=MODEL, memory=MEMORY, train=TrainConfig(global_batch_size
 EVERYTHING_SET = RunConfig(
     name="a: b # 3",
     model=ModelConfig(num_layers=6, num_query_groups=4, norm_epsilon=1e-7, init_std=0.1 + 0.2, tie_embeddings=True),
-    memory=MemoryConfig(layers=(1, 3, 5), num_subkeys=64, lr=1e-30, weight_decay=0.0, qk_norm=True, optimizer="adamw"),
-    parallel=ParallelConfig(tp=2, pp=3, vpp=2, mp=6, mp_rows=3, sequence_parallel=True, distributed_optimizer=True),
+    memory=MemoryConfig(
+        layers=(1, 3, 5),
+        num_subkeys=64,
+        lr=1e-30,
+        weight_decay=0.0,
+        qk_norm=True,
+        optimizer="adamw",
+        merge_duplicates="off",
+    ),
+    parallel=ParallelConfig(
+        tp=2, pp=3, vpp=2, mp=6, mp_rows=3, mp_hops=2, sequence_parallel=True, distributed_optimizer=True
+    ),
     optim=OptimConfig(lr=1 / 3, schedule="wsd", wsd_decay_steps=7, eps=5e-324, beta2=0.0),
     train=TrainConfig(steps=10**9, seed=2**40, dtype="bf16", peak_tflops=989.5),
     data=DataConfig(paths=("1", "null", "x/y z"), weights=(0.1, 2.0, 1e22), heldout_paths=("true",), cache="~/c"),
@@ -44,6 +54,11 @@ EVERYTHING_SET = RunConfig(
         (lambda: ParallelConfig(vpp=2), r"parallel\.vpp=2 with parallel\.pp=1"),
         (lambda: ParallelConfig(sequence_parallel=True), r"sequence_parallel=true with parallel\.tp=1"),
         (lambda: ParallelConfig(mp=6, mp_rows=4), r"parallel\.mp_rows=4 .*parallel\.mp=6"),
+        (lambda: ParallelConfig(mp_hops=3), r"parallel\.mp_hops=3 "),
+        (lambda: ParallelConfig(mp=4, mp_hops=2), r"mp_hops=2 with parallel\.mp_rows=0, parallel\.mp=4.*mp_hops=1\."),
+        (lambda: ParallelConfig(mp=4, mp_rows=4, mp_hops=2), r"mp_hops=2 with parallel\.mp_rows=4"),
+        (lambda: ParallelConfig(mp=4, mp_rows=1, mp_hops=2), r"mp_hops=2 with parallel\.mp_rows=1"),
+        (lambda: MemoryConfig(merge_duplicates="yes"), r"merge_duplicates=yes .*auto, on, off"),
         (lambda: OptimConfig(schedule="step"), r"optim\.schedule=step .*linear, cosine, wsd, constant"),
         (lambda: OptimConfig(lr=-0.1), r"optim\.lr=-0\.1 "),
         (lambda: OptimConfig(lr=math.nan), r"optim\.lr=nan "),
@@ -210,6 +225,14 @@ def test_override_refuses_values_of_another_type(assignment: str, message: str) 
         override(BASE, [assignment])
 
 
+@pytest.mark.parametrize("value", ["on", "off", "auto"])
+def test_override_takes_on_and_off_as_written_where_a_text_is_meant(value: str) -> None:
+    assert override(BASE, [f"memory.merge_duplicates={value}"]).memory.merge_duplicates == value
+    assert override(BASE, ["memory.qk_norm=on", "name=no"]) == replace(
+        BASE, name="no", memory=replace(MEMORY, qk_norm=True)
+    )
+
+
 def test_override_passes_on_the_checks_of_the_config() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.tp=3 .*model\.num_attention_heads=4"):
         override(BASE, ["parallel.tp=3"])
@@ -246,6 +269,7 @@ def test_yaml_may_hold_some_settings_only(tmp_path: Path) -> None:
         (b"train: {steps: soon}", r"config\.yaml: train\.steps must be int"),
         (b"memory: {layers: [1.5]}", r"config\.yaml: memory\.layers must be tuple\[int"),
         (b"data: {paths: {a: 1}}", r"config\.yaml: data\.paths must be tuple\[str"),
+        (b"memory: {merge_duplicates: on}", r"memory\.merge_duplicates must be str, but YAML reads on.*in quotes"),
         (b"train:", r"config\.yaml: train must be a section of settings"),
         (b"train: 5", r"config\.yaml: train must be a section of settings"),
         (b"train: ${nowhere}", r"train.*nowhere"),
@@ -331,9 +355,33 @@ def test_place_cuts_columns_or_rows_by_the_bytes_they_send() -> None:
     assert "only 2 column tiles" in rows.reason
     grid = place(BASE.with_parallel(mp=4, mp_rows=2), 8)
     assert (*shards(grid), grid.grid.dp) == (2, 2, 8)
-    assert "2 row x 2 column shards as set" in grid.reason
+    assert grid.reason.endswith("2 row x 2 column shards as set, one hop")
+    two_hops = place(BASE.with_parallel(mp=4, mp_rows=2, mp_hops=2), 8)
+    assert two_hops.grid.mp_hops == 2
+    assert two_hops.reason.endswith("2 row x 2 column shards as set, two hops")
     plan = grid.memories["memory"].plan
     assert (plan.num_slots, plan.value_dim, plan.column_tile) == (64, 64, 8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "setting", "width", "merge", "words"),
+    [
+        # Three heads that read 4 of 16 slots each are expected to read 16 (1 - (3/4)^3) = 9.25 with 12 reads.
+        ({"mp": 4, "mp_rows": 2}, "auto", 128, True, "; duplicate reads (23% expected) merged"),
+        ({"mp": 4, "mp_rows": 2}, "auto", 64, False, ""),
+        ({"mp": 4, "mp_rows": 1}, "auto", 128, False, ""),
+        ({"mp": 4, "mp_rows": 1}, "on", 64, True, "; duplicate reads merged as set"),
+        ({"mp": 4, "mp_rows": 2}, "off", 128, False, ""),
+        ({"mp": 1}, "on", 128, False, ""),
+    ],
+)
+def test_place_merges_duplicates_where_it_pays_or_is_asked_for(
+    sizes: dict[str, int], setting: str, width: int, merge: bool, words: str
+) -> None:
+    memory = replace(MEMORY, num_subkeys=4, value_dim=width, merge_duplicates=setting, heads=3)
+    (memory,) = place(replace(BASE, memory=memory).with_parallel(**sizes), 4).memories.values()
+    assert memory.merge == merge
+    assert ("merged" in memory.reason) == merge and memory.reason.endswith(words)
 
 
 def test_place_of_a_dense_model_has_no_table() -> None:

@@ -134,9 +134,13 @@ def test_cases_cover_all_pairs_of_axes() -> None:
             "+norms+gate",
             "row_adam",
             "adamw",
+            "-merged-",
             "-tied",
             "-untied",
         ):
             assert any(name.startswith(leg) and mark in name for name in names), (leg, mark)
         for mark in ("ragged", "even"):
             assert any(name.startswith(leg) and name.endswith(mark) for name in names), (leg, mark)
+    for layout, (_, sizes) in layout_cases.LAYOUTS.items():
+        for merged in (False, sizes.get("mp", 1) > 1):
+            assert any(f"-{layout}-" in name and ("-merged-" in name) == merged for name in names), (layout, merged)

@@ -171,7 +171,7 @@ def test_resume_of_the_distributed_optimizer_on_other_ranks_keeps_the_layout_law
 def test_layout_json_shows_disjoint_slices_that_cover_the_table(
     pool: RankPool, paths: tuple[str, ...], tmp_path: Path
 ) -> None:
-    run = until(toy(paths, mp=6, mp_rows=2), 1)
+    run = until(toy(paths, mp=6, mp_rows=2, mp_hops=2), 1)
     train(pool, run, tmp_path / "run")
     report = json.loads((tmp_path / "run" / "layout.json").read_text())
     covered = np.zeros((81, 24), dtype=int)
@@ -182,8 +182,12 @@ def test_layout_json_shows_disjoint_slices_that_cover_the_table(
         assert table["bytes"] == height * width * 8
         assert table["bytes"] == pytest.approx(81 * 24 * 8 / 6, rel=0.02)
         assert set(table["state_bytes"].values()) == {table["bytes"]}
+        rank = row["rank"]
         assert row["groups"]["memory"] == [0, 1, 2, 3, 4, 5]
+        assert row["groups"]["memory_inside"] == [rank // 2 * 2, rank // 2 * 2 + 1]
+        assert row["groups"]["memory_across"] == [rank % 2, rank % 2 + 2, rank % 2 + 4]
     assert (covered == 1).all()
+    assert report["sizes"]["mp_hops"] == 2
 
 
 def test_run_directory_holds_what_design_says(pool: RankPool, paths: tuple[str, ...], tmp_path: Path) -> None:
@@ -242,6 +246,9 @@ def test_other_runs_and_other_models_are_refused(pool: RankPool, paths: tuple[st
     reseeded = dataclasses.replace(run, train=dataclasses.replace(run.train, seed=2))
     with pytest.raises(ConfigError, match=r"another run: train.seed is 1 there and 2 here"):
         open_existing(tmp_path / "run", reseeded)
+    # How reads travel is no part of what the run is.
+    merging = dataclasses.replace(run, memory=dataclasses.replace(run.memory, merge_duplicates="on"))
+    assert open_existing(tmp_path / "run", merging).root == tmp_path / "run"
     wider = dataclasses.replace(run, model=dataclasses.replace(run.model, ffn_hidden_size=64))
     with pytest.raises(CheckpointError, match=r"model.ffn_hidden_size is 32 there and 64 here"):
         read_meta(checkpoint, wider)

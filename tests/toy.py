@@ -40,6 +40,7 @@ def toy_run(
     tied: bool = False,
     ragged: bool = False,
     extras: bool = False,
+    merge: str = "auto",
     dtype: str = "float32",
     micro_batches: int = 4,
     **parallel: int | bool,
@@ -54,6 +55,7 @@ def toy_run(
         ragged: sizes that shards do not divide (S = 169, D = 29 or 32 in tiles of 5, odd sequences) with
             grouped queries, instead of sizes that 2, 3, 4 and 6 divide, with as many groups as heads.
         extras: query/key normalisation and the scalar gate.
+        merge: `memory.merge_duplicates` of every memory; `auto` does not merge in tables as small as these.
         dtype: of training.
         micro_batches: of the global batch; the data-parallel size divides it.
         parallel: sizes of the layout.
@@ -71,8 +73,8 @@ def toy_run(
             vocab_multiple=16,
             tie_embeddings=tied,
         ),
-        memory=toy_memory(kind, optimizer=optimizer, ragged=ragged, extras=extras),
-        more_memories=() if kind != "two" else (_second_memory(optimizer, ragged),),
+        memory=replace(toy_memory(kind, optimizer=optimizer, ragged=ragged, extras=extras), merge_duplicates=merge),
+        more_memories=() if kind != "two" else (replace(_second_memory(optimizer, ragged), merge_duplicates=merge),),
         train=TrainConfig(
             dtype=dtype,
             seq_length=odd_length if ragged else 16,
