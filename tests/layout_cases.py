@@ -54,6 +54,8 @@ AXES: dict[str, tuple[Any, ...]] = {
     "tied": (False, True),
     "ragged": (False, True),
     "extras": (False, True),
+    "recompute": ("none", "selective", "full"),
+    "uneven": (False, True),
 }
 
 
@@ -68,8 +70,11 @@ class Case:
 
     @property
     def single(self) -> RunConfig:
-        """The same run in a single process."""
-        return replace(self.run, parallel=ParallelConfig())
+        """The same run in a single process that keeps its activations and has no padding."""
+        train = replace(self.run.train, recompute="none", recompute_modules=("mlp",))
+        if train.global_batch_size % train.micro_batch_size:
+            train = replace(train, micro_batch_size=1)
+        return replace(self.run, parallel=ParallelConfig(), train=train)
 
 
 def is_possible(world_size: int, sizes: dict[str, Any], *, leg: str, kind: str, optimizer: str, extras: bool) -> bool:
@@ -83,18 +88,25 @@ def make_case(name: str, world_size: int, sizes: dict[str, Any], *, leg: str, **
     """Make a case with few micro-batches, but enough for every phase of a schedule.
 
     Pipelines have twice as many as stages: with fewer a schedule has no steady state, in which interleaving
-    without overlapped p2p goes wrong. Other ranks have one, or two where these are small.
+    without overlapped p2p goes wrong. Other ranks have one, or two where these are small. An uneven batch leaves
+    out the end of a micro-batch, or a whole one, or both.
     """
     pp = sizes.get("pp", 1)
     dp = world_size // (sizes.get("tp", 1) * pp)
     per_rank = 2 * pp if pp > 1 or dp == 1 else 2 if model["ragged"] else 1
+    uneven = model.pop("uneven")
+    samples = dp * per_rank * (1 if model["ragged"] else 2)
+    missing = (1 if model["ragged"] or dp == 1 else 3 if samples > 4 else 2) if uneven else 0
     run = toy_run(
         dtype="float64" if leg == "float64" else "float32",
-        micro_batches=dp * per_rank,
+        global_batch_size=samples - missing,
+        recompute_modules=("mlp", "core_attn"),
         **model,
         **sizes,
     )
     marks = [model["kind"] + ("+norms+gate" if model["extras"] else "")]
+    marks += [] if model["recompute"] == "none" else [model["recompute"]]
+    marks += ["uneven"] if uneven else []
     marks += [] if model["kind"] == "dense" else [model["optimizer"]]
     marks += ["tied" if model["tied"] else "untied", "ragged" if model["ragged"] else "even"]
     return Case(name=f"{leg}-{name}-{'-'.join(marks)}", world_size=world_size, leg=leg, run=run)
