@@ -39,9 +39,27 @@ STEPS = 2
 
 
 # float32 on all layouts at both sizes; other widths of values and scores where phases differ.
-CASES = [(layout, "float32", ragged) for layout in LAYOUTS for ragged in (False, True)]
-CASES += [(layout, "bf16", True) for layout in ("columns", "grid", "replicas", "tp-rows-over-two-groups", "sp-grid")]
-CASES += [(layout, "float64", True) for layout in ("rows", "tp-columns", "stage-copies-and-replicas")]
+CASES: list[tuple[str, dict[str, Any]]] = [
+    (layout, {"ragged": ragged}) for layout in LAYOUTS for ragged in (False, True)
+]
+CASES += [
+    (layout, {"dtype": "bf16", "ragged": True})
+    for layout in ("columns", "grid", "replicas", "tp-rows-over-two-groups", "sp-grid")
+]
+CASES += [
+    (layout, {"dtype": "float64", "ragged": True}) for layout in ("rows", "tp-columns", "stage-copies-and-replicas")
+]
+# Layers that are computed again, and micro-batches with fewer samples than the others' or none.
+CASES += [
+    (layout, {"recompute": "full", "missing": 3})
+    for layout in ("columns", "grid", "replicas-of-all", "tp-rows-over-two-groups", "sp-rows", "vpp-columns")
+]
+CASES += [
+    ("rows", {"ragged": True, "recompute": "selective", "missing": 2}),
+    ("stage-copies", {"recompute": "selective"}),
+    # Attention alone is computed again: nothing is sent twice.
+    ("grid", {"ragged": True, "recompute": "selective", "recompute_modules": ("core_attn",)}),
+]
 
 
 def train_counting(run: RunConfig, steps: int) -> Seen:
@@ -82,7 +100,11 @@ class Counting:
         for batch in batches_of(self.run, self.step, dp_rank=dp_rank, dp=self.grid.dp):
             for block in self.blocks_of(self.grid.stage_of(rank)):
                 # Activations are [positions, samples], positions outermost.
-                slots = np.stack([self.trace.slots[self.step, block, sample] for sample in batch.sample_ids], axis=1)
+                each = [self.trace.slots[self.step, block, sample] for sample in batch.sample_ids]
+                if not each:
+                    yield np.zeros((0, self.reads), dtype=np.int32)
+                    continue
+                slots = np.stack(each, axis=1)
                 if not self.shared_lookup:
                     slots = slots[even_cuts(len(slots), self.tp)[tp_rank] : even_cuts(len(slots), self.tp)[tp_rank + 1]]
                 tokens = slots.reshape(-1, self.reads)
@@ -98,7 +120,7 @@ class Counting:
         group = next((ranks for ranks in self.groups if rank in ranks), None)
         if group is None:
             return total
-        value_bytes = self.run.value_bytes
+        value_bytes, again = self.run.value_bytes, self.run.train.runs_memory_again
         cuts = np.array(self.plan.row_cuts)
         member = group.index(rank)
         touched: set[int] = set()
@@ -112,7 +134,7 @@ class Counting:
                 counted = exchange_bytes(
                     self.plan, member, owned, tokens, reads=self.reads, value_bytes=value_bytes, tokens_known=True
                 )
-                total.update(vars(counted))
+                total.update(vars(counted.with_recomputation() if again else counted))
             if self.tp > 1 and self.shared_lookup:
                 outputs, scores = token_split_bytes(
                     self.tp,
@@ -123,7 +145,7 @@ class Counting:
                     # Scores are in float32 at least.
                     score_bytes=max(4, value_bytes),
                 )
-                total.update(token_gather=outputs, score_gather=scores)
+                total.update(token_gather=2 * outputs if again else outputs, score_gather=scores)
         start, stop = self.plan.columns_of(member)
         copies = len(self.groups)
         total["copy_sync"] += copy_sync_bytes(
@@ -132,10 +154,18 @@ class Counting:
         return total
 
 
-@pytest.mark.parametrize(("layout", "dtype", "ragged"), CASES)
-def test_bytes_of_a_step_equal_formulas(layout: str, dtype: str, ragged: bool, pool: RankPool) -> None:
+def case_name(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "-".join(f"{name}={setting}" for name, setting in value.items())
+
+
+@pytest.mark.parametrize(("layout", "settings"), CASES, ids=case_name)
+def test_bytes_of_a_step_equal_formulas(layout: str, settings: dict[str, Any], pool: RankPool) -> None:
     world_size, sizes = LAYOUTS[layout]
-    run = toy_run(dtype=dtype, ragged=ragged, micro_batches=6 if world_size == 3 else 4, **sizes)
+    settings = dict(settings)
+    samples = (6 if world_size == 3 else 4) * (1 if settings.get("ragged") else 2) - settings.pop("missing", 0)
+    run = toy_run(global_batch_size=samples, **settings, **sizes)
     history = joined(run, pool.run(world_size, train_counting, run, STEPS))
     counting = Counting(history, place(run, world_size))
     anything = 0
