@@ -67,6 +67,7 @@ def random_batches(run: Any, dp_rank: int, dp: int) -> list[Any]:
             loss_mask=torch.ones(size, length),
             position_ids=torch.arange(length).expand(size, -1),
             sample_ids=list(range(i, i + size)),
+            sample_counts=[size] * dp,
         )
         for i in range(dp_rank * size, len(data), dp * size)
     ]

@@ -15,6 +15,8 @@ from toy import toy_run
 
 # Printed in the ids of the cases that are drawn from it.
 RANDOM_SEED = 2027
+# Combinations that are compared to choose the next one.
+CANDIDATES = 100
 NUM_RANDOM = 6
 
 # name: ranks, sizes. "c" are column shards, "r" rows, "g" a grid of both, "2h" one with two hops, "do" the
@@ -47,6 +49,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "do-tp2-dp2": (4, {"tp": 2, "distributed_optimizer": True}),
     "do-mp2r": (2, {"mp": 2, "mp_rows": 2, "distributed_optimizer": True}),
 }
+# Layouts in which every kind of model is trained.
+EVERY_KIND = ("tp2", "tp2sp", "pp2", "pp2vpp2", "mp3r", "mp4g", "tp2-mp4c", "pp2-mp2r")
 LEGS = ("float64", "float32", "replayed")
 AXES: dict[str, tuple[Any, ...]] = {
     "layout": tuple(LAYOUTS),
@@ -57,6 +61,8 @@ AXES: dict[str, tuple[Any, ...]] = {
     "ragged": (False, True),
     "extras": (False, True),
     "merge": ("off", "on"),
+    "recompute": ("none", "selective", "full"),
+    "uneven": (False, True),
 }
 # Axes that decide, with the layout, whether a combination is possible.
 POSSIBLE = ("leg", "kind", "optimizer", "extras", "merge")
@@ -73,9 +79,18 @@ class Case:
 
     @property
     def single(self) -> RunConfig:
-        """The same run in a single process, where nothing travels and nothing is merged."""
+        """The same run in a single process that merges nothing, keeps its activations and has no padding."""
         memories = [replace(memory, merge_duplicates="off") for memory in (self.run.memory, *self.run.more_memories)]
-        return replace(self.run, memory=memories[0], more_memories=tuple(memories[1:]), parallel=ParallelConfig())
+        train = replace(self.run.train, recompute="none", recompute_modules=("mlp",))
+        if train.global_batch_size % train.micro_batch_size:
+            train = replace(train, micro_batch_size=1)
+        return replace(
+            self.run,
+            memory=memories[0],
+            more_memories=tuple(memories[1:]),
+            parallel=ParallelConfig(),
+            train=train,
+        )
 
 
 def is_possible(
@@ -93,18 +108,25 @@ def make_case(name: str, world_size: int, sizes: dict[str, Any], *, leg: str, **
     """Make a case with few micro-batches, but enough for every phase of a schedule.
 
     Pipelines have twice as many as stages: with fewer a schedule has no steady state, in which interleaving
-    without overlapped p2p goes wrong. Other ranks have one, or two where these are small.
+    without overlapped p2p goes wrong. Other ranks have one, or two where these are small. An uneven batch leaves
+    out the end of a micro-batch, or a whole one, or both.
     """
     pp = sizes.get("pp", 1)
     dp = world_size // (sizes.get("tp", 1) * pp)
     per_rank = 2 * pp if pp > 1 or dp == 1 else 2 if model["ragged"] else 1
+    uneven = model.pop("uneven")
+    samples = dp * per_rank * (1 if model["ragged"] else 2)
+    missing = (1 if model["ragged"] or dp == 1 else 3 if samples > 4 else 2) if uneven else 0
     run = toy_run(
         dtype="float64" if leg == "float64" else "float32",
-        micro_batches=dp * per_rank,
+        global_batch_size=samples - missing,
+        recompute_modules=("mlp", "core_attn"),
         **model,
         **sizes,
     )
     marks = [model["kind"] + ("+norms+gate" if model["extras"] else "")]
+    marks += [] if model["recompute"] == "none" else [model["recompute"]]
+    marks += ["uneven"] if uneven else []
     marks += [] if model["kind"] == "dense" else [model["optimizer"]]
     marks += ["merged"] if model["merge"] == "on" else []
     marks += ["tied" if model["tied"] else "untied", "ragged" if model["ragged"] else "even"]
@@ -113,23 +135,43 @@ def make_case(name: str, world_size: int, sizes: dict[str, Any], *, leg: str, **
 
 def pairwise_cases() -> list[Case]:
     """Cover every possible pair of values of two axes with few combinations."""
-    pairs: dict[tuple[Any, ...], frozenset[Any]] = {}
-    for values in itertools.product(*AXES.values()):
-        axes = dict(zip(AXES, values, strict=True))
-        if is_possible(*LAYOUTS[axes["layout"]], **{key: axes[key] for key in POSSIBLE}):
-            pairs[values] = frozenset(itertools.combinations(enumerate(values), 2))
-    # Ties fall to the first: a fixed shuffle makes it a different one every time, the same in every run.
-    possible = sorted(pairs, key=str)
-    random.Random(RANDOM_SEED).shuffle(possible)
-    missing = set().union(*pairs.values())
+    draw = random.Random(RANDOM_SEED)
+    deciding = {axis: AXES[axis] for axis in ("layout", *POSSIBLE)}
+    possible = [dict(zip(deciding, values, strict=True)) for values in itertools.product(*deciding.values())]
+    possible = [
+        axes for axes in possible if is_possible(*LAYOUTS[axes["layout"]], **{axis: axes[axis] for axis in POSSIBLE})
+    ]
+    draw.shuffle(possible)
+    missing = {
+        pair: None
+        for (first, first_values), (second, second_values) in itertools.combinations(AXES.items(), 2)
+        for pair in itertools.product(((first, v) for v in first_values), ((second, v) for v in second_values))
+        if is_asked(dict(pair))
+    }
     cases = []
     while missing:
-        best = max(possible, key=lambda values: len(pairs[values] & missing))
-        missing -= pairs[best]
-        axes = dict(zip(AXES, best, strict=True))
-        name = axes.pop("layout")
-        cases.append(make_case(name, *LAYOUTS[name], **axes))
+        wanted = next(iter(missing))
+        fixed = {axis: value for axis, value in wanted if axis in deciding}
+        fitting = [axes for axes in possible if fixed.items() <= axes.items()]
+        if not fitting:
+            del missing[wanted]
+            continue
+        tried = []
+        for _ in range(CANDIDATES):
+            others = {axis: draw.choice(values) for axis, values in AXES.items() if axis not in deciding}
+            chosen = others | dict(wanted) | draw.choice(fitting)
+            tried.append({axis: chosen[axis] for axis in AXES})
+        best = max(tried, key=lambda axes: sum(pair in missing for pair in itertools.combinations(axes.items(), 2)))
+        for pair in itertools.combinations(best.items(), 2):
+            missing.pop(pair, None)
+        name = best.pop("layout")
+        cases.append(make_case(name, *LAYOUTS[name], **best))
     return cases
+
+
+def is_asked(pair: dict[str, Any]) -> bool:
+    """Whether a pair of values must appear: not every variant in every layout, which all take the same roads."""
+    return pair.get("layout") in EVERY_KIND or pair.get("kind", "memory_plus") == "memory_plus" or "layout" not in pair
 
 
 def random_cases() -> list[Case]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from layout_cases import Case
 from mempar.memory import layer as memory_layer
 from mempar.runtime.config import RunConfig
+from mempar.runtime.in_flight import Pass
 from mempar.runtime.slot_trace import SlotTrace, TraceKey
 from oracle import slot_scores
 from rank_pool import Job, RankPool
@@ -44,13 +45,13 @@ def train_reference(run: RunConfig, steps: int) -> Seen:
                 probe.gap = ((best[..., -2] - best[..., -1]) / (score.amax(-1) - score.amin(-1))).numpy()
             return choose(query, keys, top_k, slot_index)
 
-        def factory(block: int, length: int, batch: int) -> Any:
-            samples = session.stepper.current.sample_ids
-            trace = session.tracer(block, length, batch)
+        def factory(block: int, length: int, current: Pass) -> Any:
+            samples = current.batch.sample_ids
+            trace = session.tracer(block, length, current)
 
             def hook(slot_index: Tensor | None) -> Tensor | None:
                 if slot_index is not None and session.tracer.step == 0:
-                    by_position = probe.gap.reshape(length, batch, -1)
+                    by_position = probe.gap.reshape(length, len(samples), -1)
                     gaps.update({(0, block, sample): by_position[:, i] for i, sample in enumerate(samples)})
                 return trace(slot_index)
 

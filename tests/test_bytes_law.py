@@ -47,12 +47,30 @@ STEPS = 2
 # float32 on all layouts, on most at both sizes; other widths of values and scores where phases differ; merged
 # duplicates in every form of the exchange.
 LARGE = ("two-hops", "tp-two-hops", "two-hops-and-replicas", "three-by-two", "three-columns")
-CASES = [(layout, "float32", ragged, "off") for layout in LAYOUTS for ragged in (False, True)]
-CASES = [case for case in CASES if case[2] or case[0] not in LARGE]
-CASES += [(layout, "bf16", True, "off") for layout in ("columns", "grid", "replicas", "sp-grid")]
-CASES += [(layout, "float64", True, "off") for layout in ("rows", "tp-columns", "stage-copies-and-replicas")]
-CASES += [(layout, "float32", True, "on") for layout in ("columns", "rows", "grid", "three-by-two-in-two-hops")]
-CASES += [(layout, "bf16", True, "on") for layout in ("tp-rows-over-two-groups", "tp-two-hops")]
+CASES: list[tuple[str, dict[str, Any]]] = [
+    (layout, {"ragged": ragged}) for layout in LAYOUTS for ragged in (False, True) if ragged or layout not in LARGE
+]
+CASES += [(layout, {"dtype": "bf16", "ragged": True}) for layout in ("columns", "grid", "replicas", "sp-grid")]
+CASES += [
+    (layout, {"dtype": "float64", "ragged": True}) for layout in ("rows", "tp-columns", "stage-copies-and-replicas")
+]
+CASES += [
+    (layout, {"ragged": True, "merge": "on"}) for layout in ("columns", "rows", "grid", "three-by-two-in-two-hops")
+]
+CASES += [
+    (layout, {"dtype": "bf16", "ragged": True, "merge": "on"}) for layout in ("tp-rows-over-two-groups", "tp-two-hops")
+]
+# Layers that are computed again, and micro-batches with fewer samples than the others' or none.
+CASES += [
+    (layout, {"recompute": "full", "missing": 3})
+    for layout in ("columns", "grid", "replicas-of-all", "tp-rows-over-two-groups", "sp-rows", "vpp-columns")
+]
+CASES += [
+    ("rows", {"ragged": True, "recompute": "selective", "missing": 2}),
+    ("stage-copies", {"recompute": "selective"}),
+    # Attention alone is computed again: nothing is sent twice.
+    ("grid", {"ragged": True, "recompute": "selective", "recompute_modules": ("core_attn",)}),
+]
 
 
 def train_counting(run: RunConfig, steps: int) -> Seen:
@@ -95,7 +113,11 @@ class Counting:
         for batch in batches_of(self.run, self.step, dp_rank=dp_rank, dp=self.grid.dp):
             for block in self.blocks_of(self.grid.stage_of(rank)):
                 # Activations are [positions, samples], positions outermost.
-                slots = np.stack([self.trace.slots[self.step, block, sample] for sample in batch.sample_ids], axis=1)
+                each = [self.trace.slots[self.step, block, sample] for sample in batch.sample_ids]
+                if not each:
+                    yield np.zeros((0, self.reads), dtype=np.int32)
+                    continue
+                slots = np.stack(each, axis=1)
                 if not self.shared_lookup:
                     slots = slots[even_cuts(len(slots), self.tp)[tp_rank] : even_cuts(len(slots), self.tp)[tp_rank + 1]]
                 tokens = slots.reshape(-1, self.reads)
@@ -119,7 +141,7 @@ class Counting:
         group = next((ranks for ranks in self.groups if rank in ranks), None)
         if group is None:
             return total
-        value_bytes = self.run.value_bytes
+        value_bytes, again = self.run.value_bytes, self.run.train.runs_memory_again
         cuts = np.array(self.plan.row_cuts)
         member = group.index(rank)
         touched: set[int] = set()
@@ -141,7 +163,7 @@ class Counting:
                     hops=self.run.parallel.mp_hops,
                     merged=self.merged,
                 )
-                total.update(vars(counted))
+                total.update(vars(counted.with_recomputation() if again else counted))
             if self.tp > 1 and self.shared_lookup:
                 outputs, scores = token_split_bytes(
                     self.tp,
@@ -152,7 +174,7 @@ class Counting:
                     # Scores are in float32 at least.
                     score_bytes=max(4, value_bytes),
                 )
-                total.update(token_gather=outputs, score_gather=scores)
+                total.update(token_gather=2 * outputs if again else outputs, score_gather=scores)
         start, stop = self.plan.columns_of(member)
         copies = len(self.groups)
         total["copy_sync"] += copy_sync_bytes(
@@ -161,12 +183,20 @@ class Counting:
         return total
 
 
-@pytest.mark.parametrize(("layout", "dtype", "ragged", "merge"), CASES)
-def test_bytes_of_a_step_equal_formulas(layout: str, dtype: str, ragged: bool, merge: str, pool: RankPool) -> None:
+def case_name(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "-".join(f"{name}={setting}" for name, setting in value.items())
+
+
+@pytest.mark.parametrize(("layout", "settings"), CASES, ids=case_name)
+def test_bytes_of_a_step_equal_formulas(layout: str, settings: dict[str, Any], pool: RankPool) -> None:
     world_size, sizes = LAYOUTS[layout]
+    settings = dict(settings)
     dp = world_size // (sizes.get("tp", 1) * sizes.get("pp", 1))
     micro_batches = {3: 6, 6: 6, 8: 8}.get(dp, 4)
-    run = toy_run(dtype=dtype, ragged=ragged, merge=merge, micro_batches=micro_batches, **sizes)
+    samples = micro_batches * (1 if settings.get("ragged") else 2) - settings.pop("missing", 0)
+    run = toy_run(global_batch_size=samples, **settings, **sizes)
     history = joined(run, pool.run(world_size, train_counting, run, STEPS))
     counting = Counting(history, place(run, world_size))
     anything = 0
@@ -177,7 +207,7 @@ def test_bytes_of_a_step_equal_formulas(layout: str, dtype: str, ragged: bool, m
         assert seen.extra["bytes"] == {phase: count for phase, count in expected.items() if count}, f"rank {rank}"
         anything += sum(expected.values())
     assert anything > 0
-    assert (counting.saved_reads > 0) == (merge == "on")
+    assert (counting.saved_reads > 0) == (settings.get("merge") == "on")
 
 
 def test_counting_reads_no_formula() -> None:

@@ -12,7 +12,7 @@ from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
 from mempar.runtime.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from mempar.runtime.overrides import known_keys, load_yaml, override, to_yaml
-from mempar.runtime.placement import Placement, place, stage_of_layer, with_micro_batch
+from mempar.runtime.placement import Placement, colocating_vpp, place, resolve, stage_of_layer
 from mempar.runtime.schedule import lr_factor
 
 MODEL = ModelConfig(num_layers=24, hidden_size=64, num_attention_heads=4, ffn_hidden_size=96)
@@ -69,7 +69,13 @@ EVERYTHING_SET = RunConfig(
         (lambda: TrainConfig(dtype="fp16"), r"train\.dtype=fp16 .*float64, float32, bf16"),
         (lambda: TrainConfig(steps=-1), r"train\.steps=-1 "),
         (lambda: TrainConfig(log_interval=0), r"train\.log_interval=0 "),
-        (lambda: TrainConfig(global_batch_size=6, micro_batch_size=4), r"batch_size=6 .*micro_batch_size=4"),
+        (lambda: TrainConfig(global_batch_size=6, micro_batch_size=8), r"micro_batch_size=8 .*global_batch_size=6"),
+        (lambda: TrainConfig(recompute="some"), r"train\.recompute=some .*none, selective, full"),
+        (
+            lambda: TrainConfig(recompute="selective", recompute_modules=("mlp", "layernorm")),
+            r"recompute_modules=\['mlp', 'layernorm'\] .*core_attn, mlp",
+        ),
+        (lambda: TrainConfig(recompute="selective", recompute_modules=()), r"recompute_modules=\[\] "),
         (lambda: DataConfig(paths=("a", "b"), weights=(1.0,)), r"data\.weights has 1 numbers for 2 data\.paths"),
         (lambda: DataConfig(paths=("a", "b"), weights=(1.0, 0.0)), r"data\.weights=\[1\.0, 0\.0\]"),
         (lambda: DataConfig(paths=("a",), weights=(math.nan,)), r"data\.weights=\[nan\]"),
@@ -393,22 +399,33 @@ def test_place_of_a_dense_model_has_no_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "batch", "world", "message"),
+    ("sizes", "world", "message"),
     [
-        ({}, (48, 1), 5, r"global_batch_size=48 .*= 1 x 5; .*multiple of 5\."),
-        ({"tp": 2}, (48, 8), 8, r"global_batch_size=48 .*= 8 x 4; .*multiple of 32\."),
-        ({"pp": 4, "vpp": 3}, (48, 1), 32, r"6 micro-batches .*parallel\.pp=4"),
-        ({"tp": 2, "pp": 2}, (48, 1), 6, r"6 ranks .*tp=2 x cp=1 x pp=2 = 4"),
-        ({"mp": 4}, (48, 1), 6, r"parallel\.mp=4 .*= 6 on 6 ranks"),
-        ({"mp": 16, "mp_rows": 1}, (48, 1), 16, r"16 column shards .* 64 wide has 8 of memory\.column_tile=8"),
+        ({"tp": 2, "pp": 2}, 6, r"6 ranks .*tp=2 x cp=1 x pp=2 = 4"),
+        ({"mp": 4}, 6, r"parallel\.mp=4 .*= 6 on 6 ranks"),
+        ({"mp": 16, "mp_rows": 1}, 16, r"16 column shards .* 64 wide has 8 of memory\.column_tile=8"),
     ],
 )
-def test_place_refuses_what_does_not_divide(
-    sizes: dict[str, int], batch: tuple[int, int], world: int, message: str
-) -> None:
-    train = TrainConfig(global_batch_size=batch[0], micro_batch_size=batch[1], seq_length=32)
+def test_place_refuses_what_does_not_divide(sizes: dict[str, int], world: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        place(replace(BASE, train=train).with_parallel(**sizes), world)
+        place(BASE.with_parallel(**sizes), world)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "world", "padding"),
+    [
+        ({}, (48, 1), 6, 0),
+        ({}, (48, 1), 5, 2),
+        ({"tp": 2}, (48, 8), 8, 16),
+        ({"pp": 4, "vpp": 3}, (48, 1), 32, 16),
+        ({"pp": 4}, (48, 1), 32, 0),
+    ],
+)
+def test_place_tells_the_padding(sizes: dict[str, int], batch: tuple[int, int], world: int, padding: int) -> None:
+    train = TrainConfig(global_batch_size=batch[0], micro_batch_size=batch[1], seq_length=32)
+    reason = place(replace(BASE, train=train).with_parallel(**sizes), world).reason
+    assert ("padding a step" in reason) == bool(padding)
+    assert not padding or f"; {padding} samples of padding a step" in reason
 
 
 def curve(schedule: str, *, total: int = 100, **given: float) -> list[float]:
@@ -458,27 +475,31 @@ def test_learning_rate_has_no_floor_when_lr_is_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "world", "expected"),
+    ("parallel", "world", "samples", "expected"),
     [
-        ({}, 1, 8),
-        ({"mp": 4}, 4, 6),
-        ({"pp": 2}, 2, 6),
-        ({"pp": 2, "vpp": 2}, 4, 3),
-        ({"tp": 2}, 2, 8),
-        ({"mp": 24}, 24, 1),
+        ({}, 1, 24, 8),
+        ({"mp": 4}, 4, 24, 6),
+        ({"pp": 2}, 2, 24, 6),
+        ({"pp": 2, "vpp": 2}, 4, 24, 3),
+        ({"tp": 2}, 2, 24, 8),
+        ({"mp": 24}, 24, 24, 1),
+        # Padding that single samples need too: 5 = 3 + 2 over two ranks.
+        ({}, 2, 5, 3),
+        ({}, 1, 5, 5),
+        ({"pp": 2}, 2, 3, 1),
     ],
 )
-def test_micro_batch_chosen_by_layout(parallel: dict[str, int], world: int, expected: int) -> None:
-    train = TrainConfig(global_batch_size=24, micro_batch_size=0, seq_length=128)
+def test_micro_batch_chosen_by_layout(parallel: dict[str, int], world: int, samples: int, expected: int) -> None:
+    train = TrainConfig(global_batch_size=samples, micro_batch_size=0, seq_length=128)
     run = RunConfig(model=MODEL, memory=MEMORY, train=train, parallel=ParallelConfig(**parallel))
-    resolved = with_micro_batch(run, world)
+    resolved = resolve(run, world)
     assert resolved.train.micro_batch_size == expected
     place(resolved, world)
 
 
-def test_micro_batch_kept_when_set() -> None:
+def test_micro_batch_and_virtual_stages_kept_when_set() -> None:
     run = RunConfig(model=MODEL, train=TrainConfig(global_batch_size=24, micro_batch_size=2))
-    assert with_micro_batch(run, 1) is run
+    assert resolve(run, 1) is run
 
 
 def test_more_memories_are_set_and_read_back(tmp_path: Path) -> None:
@@ -500,3 +521,47 @@ def test_memories_are_placed_apart_on_one_grid() -> None:
     assert (first.plan.num_slots, second.plan.num_slots) == (64, 25)
     assert placement.table_stages == (0, 1)
     assert "memory: a copy" in placement.reason and "memory1: table on stage 0" in placement.reason
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "layers", "expected"),
+    [
+        # (4, 12, 20) of 24 never meet at p = 3, and (8, 16, 24) of 32 meet at multiples of four chunks a stage.
+        (24, (4, 12, 20), {1: 1, 2: 3, 3: None, 4: 3, 6: None, 8: 3, 12: None}),
+        (32, (8, 16, 24), {1: 1, 2: 4, 4: 4, 8: 4, 16: None}),
+        (24, (4, 5), {2: 1, 4: 1, 12: 1, 24: None}),
+        (24, (7,), {2: 1, 24: 1}),
+    ],
+)
+def test_fewest_virtual_stages_that_put_the_table_on_one_stage(
+    num_layers: int, layers: tuple[int, ...], expected: dict[int, int | None]
+) -> None:
+    assert {pp: colocating_vpp([layers], num_layers=num_layers, pp=pp) for pp in expected} == expected
+    for pp, vpp in expected.items():
+        run = RunConfig(
+            model=replace(MODEL, num_layers=num_layers),
+            memory=replace(MEMORY, layers=layers),
+            parallel=ParallelConfig(pp=pp, vpp=0),
+            train=TrainConfig(global_batch_size=2 * pp, seq_length=32),
+        )
+        resolved = resolve(run, pp)
+        assert resolved == run.with_parallel(vpp=vpp or 1)
+        placement = place(resolved, pp)
+        assert (len(placement.table_stages) == 1) == (vpp is not None)
+        if pp > 1:
+            assert ("where all its layers lie" if vpp else "nor at any vpp") in placement.reason
+
+
+def test_virtual_stages_are_not_chosen_at_the_price_of_padding() -> None:
+    # Three micro-batches: interleaved over two stages they would be four.
+    train = TrainConfig(global_batch_size=3, seq_length=32)
+    run = replace(BASE, train=train).with_parallel(pp=2, vpp=0)
+    resolved = resolve(run, 2)
+    assert resolved.parallel.vpp == 1
+    reason = place(resolved, 2).reason
+    assert "a copy of the table on each of the stages 0, 1" in reason
+    assert "they would at parallel.vpp=3, with 1 samples of padding" in reason
+    even = resolve(replace(run, train=TrainConfig(global_batch_size=4, seq_length=32)), 2)
+    assert even.parallel.vpp == 3
+    dense = resolve(replace(run, memory=MemoryConfig(enabled=False)), 2)
+    assert dense.parallel.vpp == 1

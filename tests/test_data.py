@@ -159,6 +159,26 @@ def test_micro_batches_of_all_ranks_partition_the_global_batch(prefix: str, dp: 
         assert in_turn == [[index, index + 1] for index in range(first, first + 24, 2)]
 
 
+@pytest.mark.parametrize(("count", "dp"), [(5, 1), (5, 2), (7, 3), (1, 2), (3, 4)])
+def test_micro_batches_are_filled_up_with_padding(prefix: str, count: int, dp: int) -> None:
+    samples = Samples(RUN, (prefix,), (), seed=1)
+    ranks = [micro_batches(samples, RUN, 10, count=count, dp_rank=rank, dp=dp, device=CPU) for rank in range(dp)]
+    assert {len(batches) for batches in ranks} == {-(-count // (2 * dp))}
+    in_turn = [batch for batches in zip(*ranks, strict=True) for batch in batches]
+    assert [index for batch in in_turn for index in batch.sample_ids] == list(range(10, 10 + count))
+    for batches in zip(*ranks, strict=True):
+        counts = [len(batch.sample_ids) for batch in batches]
+        for batch, held in zip(batches, counts, strict=True):
+            assert batch.sample_counts == counts
+            assert batch.tokens.shape == batch.labels.shape == (2, LENGTH)
+            for row in range(2):
+                assert batch.loss_mask[row].tolist() == [float(row < held)] * LENGTH
+                if row < held:
+                    assert batch.tokens[row].tolist() == samples[batch.sample_ids[row]][:-1].tolist()
+                else:
+                    assert not batch.tokens[row].any() and not batch.labels[row].any()
+
+
 def test_labels_are_tokens_shifted_by_one(prefix: str) -> None:
     samples = Samples(RUN, (prefix,), (), seed=1)
     for batch in micro_batches(samples, RUN, 4, count=8, dp_rank=1, dp=2, device=CPU):

@@ -13,6 +13,8 @@ import layout_cases
 import toy
 from layout_cases import Case
 from layout_runs import STEPS, LayoutRuns, flipped, gradient_deviations
+from mempar.runtime.batch_plan import plan_batch
+from mempar.runtime.placement import place
 from rank_pool import RankPool
 
 CASES = layout_cases.all_cases()
@@ -144,3 +146,21 @@ def test_cases_cover_all_pairs_of_axes() -> None:
     for layout, (_, sizes) in layout_cases.LAYOUTS.items():
         for merged in (False, sizes.get("mp", 1) > 1):
             assert any(f"-{layout}-" in name and ("-merged-" in name) == merged for name in names), (layout, merged)
+
+
+def test_cases_cover_what_only_some_combinations_show() -> None:
+    placed = [(case, place(case.run, case.world_size)) for case in CASES]
+    for leg in layout_cases.LEGS:
+        pipelines = [(case, lies) for case, lies in placed if case.leg == leg and lies.grid.pp > 1 and lies.memories]
+        stages = {(len(memory.stages), lies.grid.pp > 1) for _, lies in pipelines for memory in lies.memories.values()}
+        assert {(1, True), (2, True)} <= stages, f"{leg}: a table together and a table in copies"
+        assert any(case.run.parallel.vpp > 1 and len(lies.table_stages) == 1 for case, lies in pipelines), leg
+        assert any(case.run.parallel.vpp > 1 and case.run.train.runs_memory_again for case, _ in pipelines), leg
+        idle = [
+            case
+            for case, lies in placed
+            if case.leg == leg
+            for plan in [plan_batch(case.run, lies.grid.dp)]
+            if lies.grid.mp > 1 and any(0 in plan.counts(j) for j in range(plan.num_micro_batches))
+        ]
+        assert idle, f"{leg}: a rank without samples"

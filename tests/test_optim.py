@@ -1,13 +1,10 @@
-"""Small parts of a step: clipping, and the cursor that remembers the micro-batch being computed."""
+"""Small parts of a step: clipping."""
 
 import math
 
 import pytest
-import torch
 
-from mempar.runtime.data import Batch
 from mempar.runtime.optim import clip_factor
-from mempar.runtime.step import BatchCursor
 
 
 def test_clip_factor_scales_to_the_limit_and_never_up() -> None:
@@ -15,13 +12,3 @@ def test_clip_factor_scales_to_the_limit_and_never_up() -> None:
     assert clip_factor(1.0, 4.0) == pytest.approx(0.25, rel=1e-6)
     assert clip_factor(0.0, 1e9) == 1.0
     assert math.isfinite(clip_factor(1.0, 0.0))
-
-
-def test_cursor_remembers_the_batch_in_hand() -> None:
-    empty = torch.zeros(1, 1)
-    batches = [Batch(tokens=empty, labels=empty, loss_mask=empty, position_ids=empty, sample_ids=[i]) for i in range(2)]
-    cursor = BatchCursor(batches)
-    assert cursor.current is None
-    assert [next(cursor) is batch and cursor.current is batch for batch in batches] == [True, True]
-    with pytest.raises(StopIteration):
-        next(cursor)

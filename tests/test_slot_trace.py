@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from mempar.runtime.data import Batch
+from mempar.runtime.in_flight import Pass
 from mempar.runtime.slot_trace import SlotTrace, SlotTracer
 
 SAMPLES, LENGTH, HEADS, TOP_K = [7, 3], 6, 2, 3
@@ -15,13 +17,21 @@ def random_slots(*shape: int) -> torch.Tensor:
     return torch.randint(0, 1000, shape)
 
 
+def a_pass(samples: list[int], *, again: bool = False) -> Pass:
+    none = torch.zeros(0)
+    batch = Batch(
+        tokens=none, labels=none, loss_mask=none, position_ids=none, sample_ids=samples, sample_counts=[len(samples)]
+    )
+    return Pass(batch=batch, again=again)
+
+
 def traced(chosen: torch.Tensor, *, shards: int, step: int = 0) -> list[SlotTrace]:
     """What each of the ranks that share a sequence records; `chosen` is [positions, samples, H, K]."""
     traces = []
     for shard, part in enumerate(chosen.chunk(shards)):
-        tracer = SlotTracer(lambda: SAMPLES, shard=shard, num_shards=shards)
+        tracer = SlotTracer(shard=shard, num_shards=shards)
         tracer.step = step
-        hook = tracer(5, len(part), len(SAMPLES))
+        hook = tracer(5, len(part), a_pass(SAMPLES))
         assert hook(None) is None
         flat = part.flatten(0, 1)
         assert hook(flat) is flat
@@ -49,8 +59,8 @@ def test_replay_gives_each_rank_its_positions(shards: int) -> None:
     (trace,) = traced(chosen, shards=1)
     for shard, part in enumerate(chosen.chunk(shards)):
         # Samples arrive in another order than they were recorded in.
-        tracer = SlotTracer(lambda: SAMPLES[::-1], shard=shard, num_shards=shards, replay=trace)
-        replayed = tracer(5, len(part), len(SAMPLES))(None)
+        tracer = SlotTracer(shard=shard, num_shards=shards, replay=trace)
+        replayed = tracer(5, len(part), a_pass(SAMPLES[::-1]))(None)
         assert replayed is not None and replayed.dtype == torch.int64
         assert torch.equal(replayed, part.flip(1).flatten(0, 1))
 
@@ -70,10 +80,25 @@ def test_disagreement_is_refused() -> None:
 def test_what_was_not_recorded_cannot_be_replayed() -> None:
     chosen = random_slots(LENGTH, len(SAMPLES), HEADS, TOP_K)
     half = traced(chosen, shards=2)[0]
-    tracer = SlotTracer(lambda: SAMPLES, replay=half)
+    tracer = SlotTracer(replay=half)
     with pytest.raises(ValueError, match="lacks positions"):
-        tracer(5, LENGTH, len(SAMPLES))(None)
+        tracer(5, LENGTH, a_pass(SAMPLES))(None)
     with pytest.raises(ValueError, match="not in the trace"):
-        tracer(6, LENGTH, len(SAMPLES))(None)
-    with pytest.raises(ValueError, match="names 2"):
-        tracer(5, LENGTH, 1)
+        tracer(6, LENGTH, a_pass(SAMPLES))(None)
+
+
+def test_repeated_pass_must_choose_alike() -> None:
+    chosen = random_slots(LENGTH * len(SAMPLES), HEADS, TOP_K)
+    tracer = SlotTracer()
+    tracer(5, LENGTH, a_pass(SAMPLES))(chosen)
+    tracer(5, LENGTH, a_pass(SAMPLES, again=True))(chosen)
+    with pytest.raises(ValueError, match="two passes"):
+        tracer(5, LENGTH, a_pass(SAMPLES, again=True))(chosen + 1)
+
+
+def test_nothing_is_read_from_a_micro_batch_of_padding() -> None:
+    tracer = SlotTracer(replay=SlotTrace())
+    hook = tracer(5, LENGTH, a_pass([]))
+    assert hook(None) is None
+    hook(random_slots(0, HEADS, TOP_K))
+    assert len(tracer.recorded) == 0

@@ -43,6 +43,9 @@ def toy_run(
     merge: str = "auto",
     dtype: str = "float32",
     micro_batches: int = 4,
+    global_batch_size: int = 0,
+    recompute: str = "none",
+    recompute_modules: tuple[str, ...] = ("mlp",),
     **parallel: int | bool,
 ) -> RunConfig:
     """Make a toy configuration.
@@ -57,7 +60,10 @@ def toy_run(
         extras: query/key normalisation and the scalar gate.
         merge: `memory.merge_duplicates` of every memory; `auto` does not merge in tables as small as these.
         dtype: of training.
-        micro_batches: of the global batch; the data-parallel size divides it.
+        micro_batches: of the global batch, which has one or two samples in each.
+        global_batch_size: samples of the global batch, whatever `micro_batches` says.
+        recompute: what is computed again in backward.
+        recompute_modules: of which parts, for `selective`.
         parallel: sizes of the layout.
     """
     # Sequence parallelism cuts sequences into equal shares.
@@ -78,8 +84,10 @@ def toy_run(
         train=TrainConfig(
             dtype=dtype,
             seq_length=odd_length if ragged else 16,
-            global_batch_size=(1 if ragged else 2) * micro_batches,
+            global_batch_size=global_batch_size or (1 if ragged else 2) * micro_batches,
             micro_batch_size=1 if ragged else 2,
+            recompute=recompute,
+            recompute_modules=recompute_modules,
         ),
         optim=OptimConfig(lr=3e-4),
         parallel=ParallelConfig(**parallel),  # type: ignore[arg-type]
@@ -132,7 +140,7 @@ def loss_mask(sample: int, seq_length: int) -> Tensor:
 
 def batches_of(run: RunConfig, step: int, *, dp_rank: int = 0, dp: int = 1) -> list[Batch]:
     """One data-parallel rank's micro-batches of a step; two global batches alternate."""
-    count = run.train.global_batch_size
+    count, length = run.train.global_batch_size, run.train.seq_length
     first = step % 2 * count
     plain = micro_batches(
         RandomSamples(run.train.seq_length),  # type: ignore[arg-type]
@@ -144,7 +152,15 @@ def batches_of(run: RunConfig, step: int, *, dp_rank: int = 0, dp: int = 1) -> l
         device=torch.device("cpu"),
     )
     return [
-        replace(batch, loss_mask=torch.stack([loss_mask(sample, run.train.seq_length) for sample in batch.sample_ids]))
+        replace(
+            batch,
+            loss_mask=torch.stack(
+                [
+                    loss_mask(batch.sample_ids[place], length) if place < len(batch.sample_ids) else torch.zeros(length)
+                    for place in range(run.train.micro_batch_size)
+                ]
+            ),
+        )
         for batch in plain
     ]
 

@@ -7,7 +7,7 @@ over i; D_j is the width of column shard j; b bytes a value, e an entry, s a sco
 per-token count.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mempar.parallel.shard_plan import ShardPlan
 
@@ -36,6 +36,10 @@ class ExchangeBytes:
     output_grads_across: int
     output_grads_inside: int
     score_grads: int
+
+    def with_recomputation(self) -> "ExchangeBytes":
+        """The same where the layer is computed again in backward: its forward phases run twice."""
+        return replace(self, split_sizes=2 * self.split_sizes, entries=2 * self.entries, values=2 * self.values)
 
 
 def exchange_bytes(
@@ -109,7 +113,10 @@ def forward_bytes_across(plan: ShardPlan, rank: int, *, reads: int, value_bytes:
 def token_split_bytes(
     tp: int, num_tokens: int, *, value_dim: int, reads: int, value_bytes: int, score_bytes: int
 ) -> tuple[int, int]:
-    """Bytes sent by a tensor-parallel rank that looked up `num_tokens`: outputs, then score gradients."""
+    """Bytes sent by a tensor-parallel rank that looked up `num_tokens`: outputs, then score gradients.
+
+    Where the layer is computed again in backward, the outputs are gathered twice.
+    """
     return (tp - 1) * num_tokens * value_dim * value_bytes, (tp - 1) * num_tokens * reads * score_bytes
 
 

@@ -12,6 +12,10 @@ from mempar.memory.config import MemoryConfig
 
 DTYPES = ("float64", "float32", "bf16")
 SCHEDULES = ("linear", "cosine", "wsd", "constant")
+RECOMPUTE = ("none", "selective", "full")
+# Parts of a block that `selective` may compute again; the memory layer stands in the place of `mlp`. Of megatron's
+# others, `layernorm` breaks without TransformerEngine and the rest are of layers that are not here.
+RECOMPUTE_MODULES = ("core_attn", "mlp")
 
 
 def _at_least(section: str, settings: object, minimum: float, *names: str) -> None:
@@ -83,7 +87,8 @@ class ParallelConfig:
 
     `mp_rows=0` chooses columns or rows by the bytes that they send (see `parallel/cost.py`). `mp_hops=2` reduces
     the sums of a grid over its row shards, inside a node where a node has `mp_rows` ranks, before they cross to
-    other column shards.
+    other column shards. `vpp=0` takes the fewest virtual stages that put all layers of the table on one stage
+    (see placement.py).
     """
 
     tp: int = 1
@@ -98,8 +103,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         """Check sizes against each other."""
-        _at_least("parallel", self, 1, "tp", "pp", "vpp", "cp", "mp")
-        _at_least("parallel", self, 0, "mp_rows")
+        _at_least("parallel", self, 1, "tp", "pp", "cp", "mp")
+        _at_least("parallel", self, 0, "vpp", "mp_rows")
         if self.vpp > 1 and self.pp == 1:
             raise ConfigError(
                 f"parallel.vpp={self.vpp} with parallel.pp=1: virtual stages interleave a pipeline; "
@@ -172,7 +177,9 @@ class OptimConfig:
 class TrainConfig:
     """Length, batch, precision and intervals of a run; intervals are in steps, 0 means never.
 
-    `micro_batch_size=0` takes the largest that the layout allows (see placement.py).
+    `micro_batch_size=0` takes the largest that the layout allows (see placement.py). A global batch that does
+    not divide is filled up with padding (see batch_plan.py). `recompute` trades activations for computing them
+    again in backward: all of every block (`full`), or the `recompute_modules` of each (`selective`).
     """
 
     steps: int = 100
@@ -181,6 +188,8 @@ class TrainConfig:
     micro_batch_size: int = 1
     seq_length: int = 1024
     dtype: str = "float32"
+    recompute: str = "none"
+    recompute_modules: tuple[str, ...] = ("mlp",)
     save_interval: int = 0
     keep_checkpoints: int = 2
     log_interval: int = 1
@@ -196,11 +205,26 @@ class TrainConfig:
         _at_least("train", self, 1, "keep_checkpoints", "collective_timeout")
         _at_least("train", self, 0, "steps", "seed", "save_interval", "heldout_interval", "heldout_samples")
         _at_least("train", self, 0, "micro_batch_size")
-        if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
+        if self.micro_batch_size > self.global_batch_size:
             raise ConfigError(
-                f"train.global_batch_size={self.global_batch_size} is not a multiple of train.micro_batch_size="
-                f"{self.micro_batch_size}; a batch is made of whole micro-batches; change one of them."
+                f"train.micro_batch_size={self.micro_batch_size} exceeds train.global_batch_size="
+                f"{self.global_batch_size}; the rest would be padding; lower it."
             )
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        _one_of("train", self, "recompute", RECOMPUTE)
+        unknown = [name for name in self.recompute_modules if name not in RECOMPUTE_MODULES]
+        if unknown or (self.recompute == "selective" and not self.recompute_modules):
+            raise ConfigError(
+                f"train.recompute_modules={list(self.recompute_modules)} with train.recompute={self.recompute}: "
+                f"selective recomputation takes some of {', '.join(RECOMPUTE_MODULES)}; name one or more of these."
+            )
+
+    @property
+    def runs_memory_again(self) -> bool:
+        """Whether memory layers are computed again in backward, their exchange included."""
+        return self.recompute == "full" or (self.recompute == "selective" and "mlp" in self.recompute_modules)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,12 +299,7 @@ class RunConfig:
                 "train.dtype=float64 with parallel.distributed_optimizer=true: megatron's distributed optimizer keeps "
                 "its state in float32; use float32, or turn the distributed optimizer off."
             )
-        if self.train.heldout_samples % self.train.global_batch_size:
-            raise ConfigError(
-                f"train.heldout_samples={self.train.heldout_samples} is not a multiple of train.global_batch_size="
-                f"{self.train.global_batch_size}; it is evaluated in whole batches; change one of them."
-            )
-        layers_per_chunk = self.parallel.pp * self.parallel.vpp
+        layers_per_chunk = self.parallel.pp * max(1, self.parallel.vpp)
         if self.model.num_layers % layers_per_chunk:
             raise ConfigError(
                 f"model.num_layers={self.model.num_layers} is not a multiple of parallel.pp x parallel.vpp = "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mempar.errors import ConfigError
 from mempar.runtime import mcore
+from mempar.runtime.batch_plan import plan_batch
 from mempar.runtime.config import RunConfig
 from mempar.runtime.tokenizer import ByteTokenizer
 
@@ -100,14 +101,15 @@ def _one_pass(run: RunConfig, path: str, seed: int) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch.
+    """One micro-batch; its samples come first, and what follows them is padding.
 
     Attributes:
-        tokens: `[b, s] int64`.
+        tokens: `[b, s] int64`; 0 in padding.
         labels: `[b, s] int64`.
-        loss_mask: `[b, s] float32`.
+        loss_mask: `[b, s] float32`; 0 in padding.
         position_ids: `[b, s] int64`.
-        sample_ids: numbers of its samples in the run.
+        sample_ids: numbers of its samples in the run, at most b.
+        sample_counts: samples of the same micro-batch on each data-parallel rank.
     """
 
     tokens: Tensor
@@ -115,28 +117,31 @@ class Batch:
     loss_mask: Tensor
     position_ids: Tensor
     sample_ids: list[int]
+    sample_counts: list[int]
 
 
 def micro_batches(
     samples: Samples, run: RunConfig, first: int, *, count: int, dp_rank: int, dp: int, device: torch.device
 ) -> list[Batch]:
-    """This rank's micro-batches of `count` samples from sample `first` on.
-
-    Data-parallel rank d takes micro-batches d, d + dp, d + 2 dp, ... of the global batch.
-    """
-    size = run.train.micro_batch_size
+    """This rank's micro-batches of `count` samples from sample `first` on, dealt out as batch_plan.py says."""
+    plan, size, length = plan_batch(run, dp, count), run.train.micro_batch_size, run.train.seq_length
     batches = []
-    for start in range(first + dp_rank * size, first + count, dp * size):
-        ids = list(range(start, start + size))
-        tokens = torch.from_numpy(np.stack([samples[i] for i in ids])).to(device)
-        length = tokens.shape[1] - 1
+    for micro_batch in range(plan.num_micro_batches):
+        ids = [first + place for place in plan.samples_of(micro_batch, dp_rank)]
+        tokens = np.zeros((size, length + 1), dtype=np.int64)
+        mask = torch.zeros(size, length)
+        for place, sample in enumerate(ids):
+            tokens[place] = samples[sample]
+            mask[place] = 1.0
+        on_device = torch.from_numpy(tokens).to(device)
         batches.append(
             Batch(
-                tokens=tokens[:, :-1].contiguous(),
-                labels=tokens[:, 1:].contiguous(),
-                loss_mask=torch.ones(size, length, device=device),
+                tokens=on_device[:, :-1].contiguous(),
+                labels=on_device[:, 1:].contiguous(),
+                loss_mask=mask.to(device),
                 position_ids=torch.arange(length, device=device).expand(size, -1),
                 sample_ids=ids,
+                sample_counts=plan.counts(micro_batch),
             )
         )
     return batches

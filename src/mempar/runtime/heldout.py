@@ -30,23 +30,21 @@ class Heldout:
         if not memory:
             with self.model.memory_off():
                 return self.loss()
-        grid = self.world.placement.grid
-        size = self.run.train.global_batch_size
-        losses = [
-            self.stepper.evaluate(
-                micro_batches(
-                    self.samples,
-                    self.run,
-                    first,
-                    count=size,
-                    dp_rank=grid.dp_rank(self.world.rank),
-                    dp=grid.dp,
-                    device=self.world.device,
-                )
+        grid, most = self.world.placement.grid, self.run.train.heldout_samples
+        total, tokens = 0.0, 0
+        for first in range(0, most, self.run.train.global_batch_size):
+            batches = micro_batches(
+                self.samples,
+                self.run,
+                first,
+                count=min(self.run.train.global_batch_size, most - first),
+                dp_rank=grid.dp_rank(self.world.rank),
+                dp=grid.dp,
+                device=self.world.device,
             )
-            for first in range(0, self.run.train.heldout_samples, size)
-        ]
-        return sum(losses) / len(losses)
+            loss_sum, num_tokens = self.stepper.evaluate(batches)
+            total, tokens = total + loss_sum, tokens + num_tokens
+        return total / tokens
 
     @functools.cached_property
     def trigram_loss(self) -> float:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mempar.memory.config import MemoryConfig
@@ -31,7 +32,7 @@ class MemoryMLP(MemoryLayer):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, hidden_states: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Look up.
+        """Look up the samples of the micro-batch; its padding reads nothing and gets zeros.
 
         Args:
             hidden_states: `[s, b, C]`, RMS-normed; a share of the sequence under sequence parallelism.
@@ -40,14 +41,18 @@ class MemoryMLP(MemoryLayer):
         Returns:
             `[s, b, C]` and no bias.
         """
-        length, batch, width = hidden_states.shape
-        hook = None
-        if self.access.hook_factory is not None:
-            hook = self.access.hook_factory(self.block, length, batch)
-        # Every member of the memory-parallel group runs the same schedule, so it holds as many tokens.
-        counts = [length * batch] * self.access.num_members
-        out = super().forward(hidden_states.reshape(-1, width), self.access.readers, hook, counts)
-        return out.view(length, batch, width), None
+        length, batch_size, width = hidden_states.shape
+        access = self.access
+        current = access.in_flight.enter(self.block, training=self.training)
+        num_samples = len(current.batch.sample_ids)
+        # Members run one schedule, so each of them is at its own part of the same round of micro-batches.
+        counts = [length * current.batch.sample_counts[dp_rank] for dp_rank in access.member_dp_ranks]
+        hook = access.hook_factory(self.block, length, current) if access.hook_factory is not None else None
+        tokens = hidden_states[:, :num_samples].reshape(-1, width)
+        out = super().forward(tokens, access.readers, hook, counts).view(length, num_samples, width)
+        if num_samples < batch_size:
+            out = torch.cat([out, out.new_zeros(length, batch_size - num_samples, width)], dim=1)
+        return out, None
 
 
 class MLPWithMemory(mcore.MLP):

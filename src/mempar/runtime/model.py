@@ -1,6 +1,7 @@
 """The model: megatron's GPT with memory layers in chosen blocks."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from mempar.runtime import mcore
 from mempar.runtime.blocks import CausalAttention, RMSNorm
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
+from mempar.runtime.in_flight import InFlight
 from mempar.runtime.logical import initial_value, logical_parameters
 from mempar.runtime.memory_mlp import MemoryMLP, MLPWithMemory
 from mempar.runtime.tables import TORCH_DTYPES, HookFactory, Table, TableAccess, make_tables
@@ -26,6 +28,7 @@ class Model:
         chunks: one GPTModel for each virtual stage, as built.
         wrapped: the same, wrapped for training (Float16Module, DDP).
         transformer: megatron's configuration.
+        in_flight: which micro-batch is being computed.
         tables: this rank's shards, in global order; none on stages without memory layers.
         access: how the layers of each memory reach its tables, by the memory's name.
     """
@@ -33,6 +36,7 @@ class Model:
     chunks: list[Any]
     wrapped: list[Any]
     transformer: Any
+    in_flight: InFlight
     tables: list[Table]
     access: dict[str, TableAccess]
 
@@ -57,43 +61,60 @@ def transformer_config(run: RunConfig) -> Any:
     model, sizes = run.model, run.parallel
     dtype = TORCH_DTYPES[run.train.dtype]
     vpp = sizes.vpp if sizes.vpp > 1 else None
-    return mcore.TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.query_groups,
-        ffn_hidden_size=model.ffn_hidden_size,
-        normalization="RMSNorm",
-        layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=run.train.dtype == "bf16",
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        # Megatron marks tensor-parallel parameters only while initialising them; the values are ours (logical.py).
-        perform_initialization=True,
-        use_cpu_initialization=mcore.RUNS_ON_CPU,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        tensor_model_parallel_size=sizes.tp,
-        pipeline_model_parallel_size=sizes.pp,
-        virtual_pipeline_model_parallel_size=vpp,
-        context_parallel_size=sizes.cp,
-        sequence_parallel=sizes.sequence_parallel,
-        calculate_per_token_loss=True,
-        # Interleaving over two stages is silently wrong without overlapped p2p, and plain 1F1B refuses it.
-        overlap_p2p_comm=vpp is not None,
-        batch_p2p_comm=vpp is None,
-        # Its default says the same thing with a deprecation warning.
-        cuda_graph_scope=[],
-    )
+    with warnings.catch_warnings():
+        # That fused attention need not be computed again is for those who name core_attn to judge.
+        warnings.filterwarnings("ignore", message="If you are using transformer_engine")
+        return mcore.TransformerConfig(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.query_groups,
+            ffn_hidden_size=model.ffn_hidden_size,
+            normalization="RMSNorm",
+            layernorm_epsilon=model.norm_epsilon,
+            gated_linear_unit=True,
+            activation_func=F.silu,
+            add_bias_linear=False,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            bf16=run.train.dtype == "bf16",
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            # Megatron marks tensor-parallel parameters only while initialising them; the values are ours (logical.py).
+            perform_initialization=True,
+            use_cpu_initialization=mcore.RUNS_ON_CPU,
+            gradient_accumulation_fusion=False,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            apply_rope_fusion=False,
+            persist_layer_norm=False,
+            tensor_model_parallel_size=sizes.tp,
+            pipeline_model_parallel_size=sizes.pp,
+            virtual_pipeline_model_parallel_size=vpp,
+            context_parallel_size=sizes.cp,
+            sequence_parallel=sizes.sequence_parallel,
+            calculate_per_token_loss=True,
+            # Interleaving over two stages is silently wrong without overlapped p2p, and plain 1F1B refuses it.
+            overlap_p2p_comm=vpp is not None,
+            batch_p2p_comm=vpp is None,
+            # Its default says the same thing with a deprecation warning.
+            cuda_graph_scope=[],
+            **_recomputation(run),
+        )
+
+
+def _recomputation(run: RunConfig) -> dict[str, Any]:
+    """Megatron's settings of what is computed again in backward.
+
+    Only what every rank does alike whatever the data, block by block: the exchange of memory layers runs again
+    with it. So no partial checkpoints by micro-batch, and saved activations stay with their rank.
+    """
+    if run.train.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if run.train.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(run.train.recompute_modules)}
+    return {}
 
 
 def _block_specs(run: RunConfig, transformer: Any, access: dict[str, TableAccess], vp_stage: int | None) -> Any:
@@ -176,7 +197,8 @@ def build_model(run: RunConfig, world: World, vocab_size: int) -> Model:
         vocab_size: tokens of the tokenizer, before padding.
     """
     transformer = transformer_config(run)
-    tables, access = make_tables(run, world)
+    in_flight = InFlight(runs_again=run.train.runs_memory_again)
+    tables, access = make_tables(run, world, in_flight)
     vp_stages = [None] if run.parallel.vpp == 1 else list(range(run.parallel.vpp))
     vocab = run.model.padded_vocab(vocab_size)
     chunks = [_build_chunk(run, transformer, access, vocab, vp_stage).to(world.device) for vp_stage in vp_stages]
@@ -192,4 +214,11 @@ def build_model(run: RunConfig, world: World, vocab_size: int) -> Model:
         mcore.DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=place > 0)
         for place, chunk in enumerate(wrapped)
     ]
-    return Model(chunks=chunks, wrapped=wrapped, transformer=transformer, tables=tables, access=access)
+    return Model(
+        chunks=chunks,
+        wrapped=wrapped,
+        transformer=transformer,
+        in_flight=in_flight,
+        tables=tables,
+        access=access,
+    )

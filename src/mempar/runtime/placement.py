@@ -3,8 +3,10 @@
 Block l of L lies on stage `floor(l / n) mod p` with `n = L / (p v)` blocks in each of the v virtual
 stages. Memory layers that share a table co-locate when all their blocks fall on one stage; otherwise
 every stage with a memory layer keeps a copy of its shard, and copies are kept equal after each step.
+`resolve` fills in what a run leaves to its layout, `place` lays the resolved run out.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mempar.errors import ConfigError
@@ -12,6 +14,7 @@ from mempar.memory.config import MemoryConfig
 from mempar.parallel.cost import columns_send_fewer_bytes, duplicate_share, merging_pays
 from mempar.parallel.ranks import RankGrid
 from mempar.parallel.shard_plan import ShardPlan
+from mempar.runtime.batch_plan import plan_batch
 from mempar.runtime.config import RunConfig
 
 # Tokens of a chosen micro-batch: on two cores a step of the smoke recipe takes .62 s with 1024 tokens at a time,
@@ -43,10 +46,12 @@ class Placement:
     Attributes:
         grid: ranks of every dimension.
         memories: where each memory's tables lie, by the memory's name; empty for a dense model.
+        num_padding: samples that are computed in a step beside those of the global batch, and do not count.
     """
 
     grid: RankGrid
     memories: dict[str, MemoryPlacement]
+    num_padding: int = 0
 
     @property
     def table_stages(self) -> tuple[int, ...]:
@@ -55,12 +60,13 @@ class Placement:
 
     @property
     def reason(self) -> str:
-        """One line that says where the tables lie and why."""
-        if not self.memories:
-            return "dense model, no table"
-        if len(self.memories) == 1:
-            return next(iter(self.memories.values())).reason
-        return "; ".join(f"{name}: {memory.reason}" for name, memory in self.memories.items())
+        """One line that says where the tables lie and why, and what is computed in vain."""
+        reasons = [
+            memory.reason if len(self.memories) == 1 else f"{name}: {memory.reason}"
+            for name, memory in self.memories.items()
+        ]
+        padding = [f"{self.num_padding} samples of padding a step"] if self.num_padding else []
+        return "; ".join((reasons or ["dense model, no table"]) + padding)
 
 
 def stage_of_layer(layer: int, *, num_layers: int, pp: int, vpp: int) -> int:
@@ -68,13 +74,39 @@ def stage_of_layer(layer: int, *, num_layers: int, pp: int, vpp: int) -> int:
     return layer // (num_layers // (pp * vpp)) % pp
 
 
+def stages_of_layers(layers: tuple[int, ...], *, num_layers: int, pp: int, vpp: int) -> tuple[int, ...]:
+    """Pipeline stages that some blocks lie on, ascending."""
+    return tuple(sorted({stage_of_layer(layer, num_layers=num_layers, pp=pp, vpp=vpp) for layer in layers}))
+
+
+def colocating_vpp(memories: Iterable[tuple[int, ...]], *, num_layers: int, pp: int) -> int | None:
+    """Return the fewest virtual stages that put the layers of every memory on one pipeline stage.
+
+    Args:
+        memories: the layers of each memory.
+        num_layers: L, a multiple of p * v.
+        pp: p.
+
+    Returns:
+        v; None when no number does.
+    """
+    memories = list(memories)
+    for vpp in range(1, num_layers // pp + 1):
+        if num_layers % (pp * vpp) == 0 and all(
+            len(stages_of_layers(layers, num_layers=num_layers, pp=pp, vpp=vpp)) == 1 for layers in memories
+        ):
+            return vpp
+    return None
+
+
 def place(config: RunConfig, world: int) -> Placement:
-    """Lay a run out on `world` ranks.
+    """Lay a resolved run out on `world` ranks.
 
     Raises:
-        ConfigError: when the sizes do not fit the number of ranks, the batch or the table.
+        ConfigError: when the sizes do not fit the number of ranks or the table.
     """
     sizes = config.parallel
+    assert sizes.vpp and config.train.micro_batch_size, "the run was not resolved"
     if not config.memories and sizes.mp > 1:
         raise ConfigError(
             f"parallel.mp={sizes.mp} with memory.enabled=false: there is no table to cut; use parallel.mp=1."
@@ -83,17 +115,9 @@ def place(config: RunConfig, world: int) -> Placement:
     grid = RankGrid(
         world=world, tp=sizes.tp, cp=sizes.cp, pp=sizes.pp, mp=sizes.mp, mp_rows=rows, mp_hops=sizes.mp_hops
     )
-    _check_batch(config, grid)
     memories = {}
     for name, memory in config.memories.items():
-        stages = tuple(
-            sorted(
-                {
-                    stage_of_layer(layer, num_layers=config.model.num_layers, pp=sizes.pp, vpp=sizes.vpp)
-                    for layer in memory.layers
-                }
-            )
-        )
+        stages = stages_of_layers(memory.layers, num_layers=config.model.num_layers, pp=sizes.pp, vpp=sizes.vpp)
         plan = ShardPlan(
             num_slots=memory.num_slots,
             value_dim=config.value_dim_of(memory),
@@ -102,30 +126,46 @@ def place(config: RunConfig, world: int) -> Placement:
             num_column_shards=sizes.mp // rows,
         )
         merge, how = _merging(memory, plan)
-        reason = f"{_where(config, memory.layers, stages)}; {why}{how}"
+        reason = f"{_where(config, memory.layers, stages, grid.dp)}; {why}{how}"
         memories[name] = MemoryPlacement(stages=stages, plan=plan, merge=merge, reason=reason)
-    return Placement(grid=grid, memories=memories)
+    return Placement(grid=grid, memories=memories, num_padding=plan_batch(config, grid.dp).num_padding)
 
 
-def with_micro_batch(config: RunConfig, world: int) -> RunConfig:
+def resolve(config: RunConfig, world: int) -> RunConfig:
+    """Return the run with what its layout decides: virtual stages and micro-batch size, where they were left open."""
+    sizes = config.parallel
+    dp = max(1, world // (sizes.tp * sizes.cp * sizes.pp))
+    if sizes.vpp:
+        return _with_micro_batch(config, dp)
+    plain = _with_micro_batch(config.with_parallel(vpp=1), dp)
+    layers = [memory.layers for memory in config.memories.values()]
+    vpp = colocating_vpp(layers, num_layers=config.model.num_layers, pp=sizes.pp)
+    if vpp is None or vpp == 1:
+        return plain
+    together = _with_micro_batch(config.with_parallel(vpp=vpp), dp)
+    # Interleaving takes multiples of pp micro-batches: computing padding costs more than keeping copies equal.
+    more_padding = plan_batch(together, dp).num_padding > plan_batch(plain, dp).num_padding
+    return plain if more_padding else together
+
+
+def _with_micro_batch(config: RunConfig, dp: int) -> RunConfig:
     """Return the run with its micro-batch size; `train.micro_batch_size=0` becomes the largest that fits.
 
-    It divides each rank's share of the batch, holds at most 1024 tokens (or one sample), and leaves a pipeline
-    two micro-batches a stage where the batch has that many.
+    It adds no padding to what single samples need, holds at most 1024 tokens (or one sample), and leaves a
+    pipeline two micro-batches a stage where the batch has that many.
     """
-    train, sizes = config.train, config.parallel
+    train, pp = config.train, config.parallel.pp
     if train.micro_batch_size:
         return config
-    share, rest = divmod(train.global_batch_size * sizes.tp * sizes.cp * sizes.pp, world)
-    most = max(1, _MICRO_BATCH_TOKENS // train.seq_length) if not rest else 1
+    most = min(train.global_batch_size, max(1, _MICRO_BATCH_TOKENS // train.seq_length))
+    tried = [replace(config, train=replace(train, micro_batch_size=size)) for size in range(1, most + 1)]
+    plans = [plan_batch(run, dp) for run in tried]
     fits = [
-        size
-        for size in range(1, most + 1)
-        if share % size == 0
-        and (sizes.vpp == 1 or share // size % sizes.pp == 0)
-        and (sizes.pp == 1 or share // size >= 2 * sizes.pp)
+        run
+        for run, plan in zip(tried, plans, strict=True)
+        if plan.num_padding <= plans[0].num_padding and (pp == 1 or plan.num_micro_batches >= 2 * pp)
     ]
-    return replace(config, train=replace(train, micro_batch_size=max(fits, default=1)))
+    return fits[-1] if fits else tried[0]
 
 
 def _row_shards(config: RunConfig) -> tuple[int, str]:
@@ -162,30 +202,18 @@ def _merging(memory: MemoryConfig, plan: ShardPlan) -> tuple[bool, str]:
     return merge, f"; duplicate reads ({share:.0%} expected) merged" if merge else ""
 
 
-def _where(config: RunConfig, layers: tuple[int, ...], stages: tuple[int, ...]) -> str:
+def _where(config: RunConfig, layers: tuple[int, ...], stages: tuple[int, ...], dp: int) -> str:
     sizes = config.parallel
     if sizes.pp == 1:
         return "table on the only stage"
     if len(stages) == 1:
         return f"table on stage {stages[0]} of {sizes.pp}, where all its layers lie (vpp={sizes.vpp})"
-    return (
+    copies = (
         f"a copy of the table on each of the stages {', '.join(map(str, stages))}: its layers "
         f"{list(layers)} do not fall on one stage at pp={sizes.pp}, vpp={sizes.vpp}"
     )
-
-
-def _check_batch(config: RunConfig, grid: RankGrid) -> None:
-    train = config.train
-    share = train.micro_batch_size * grid.dp
-    if train.global_batch_size % share:
-        raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size x "
-            f"data-parallel size = {train.micro_batch_size} x {grid.dp}; every rank runs equally many "
-            f"micro-batches; use a multiple of {share}."
-        )
-    micro_batches = train.global_batch_size // share
-    if config.parallel.vpp > 1 and micro_batches % config.parallel.pp:
-        raise ConfigError(
-            f"{micro_batches} micro-batches a rank are not a multiple of parallel.pp={config.parallel.pp}; the "
-            "interleaved schedule (parallel.vpp > 1) needs that; change train.global_batch_size or parallel.vpp."
-        )
+    vpp = colocating_vpp([layers], num_layers=config.model.num_layers, pp=sizes.pp)
+    if vpp is None:
+        return f"{copies}, nor at any vpp"
+    padding = plan_batch(config.with_parallel(vpp=vpp), dp).num_padding
+    return f"{copies}; they would at parallel.vpp={vpp}" + (f", with {padding} samples of padding" if padding else "")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mempar.errors import ConfigError
 from mempar.runtime.config import RunConfig
-from mempar.runtime.placement import place, with_micro_batch
+from mempar.runtime.placement import place, resolve
 from mempar.runtime.tokenizer import vocab_size
 
 
@@ -20,7 +20,7 @@ def check_layout(run: RunConfig, num_ranks: int) -> RunConfig:
     """
     if num_ranks < 1:
         raise ConfigError(f"--nproc {num_ranks} starts no rank; a run needs at least one; raise it.")
-    run = with_micro_batch(run, num_ranks)
+    run = resolve(run, num_ranks)
     place(run, num_ranks)
     if run.parallel.cp > 1 and importlib.util.find_spec("transformer_engine") is None:
         raise ConfigError(

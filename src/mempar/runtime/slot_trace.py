@@ -7,7 +7,6 @@ another chose, and two runs can be compared choice by choice. The engine itself 
 tests, studies and comparisons put a `SlotTracer` into `TableAccess.hook_factory`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mempar.memory.layer import SlotHook
+from mempar.runtime.in_flight import Pass
 
 # (step, block, sample id)
 TraceKey = tuple[int, int, int]
@@ -98,7 +98,6 @@ class SlotTracer:
 
     def __init__(
         self,
-        sample_ids: Callable[[], list[int]],
         *,
         shard: int = 0,
         num_shards: int = 1,
@@ -108,7 +107,6 @@ class SlotTracer:
         """Stand between a rank's memory layers and its traces.
 
         Args:
-            sample_ids: returns the samples of the micro-batch that is being computed.
             shard: this rank's share of the sequence (its tensor-parallel rank under sequence parallelism).
             num_shards: shares of the sequence; 1 where every rank holds it whole.
             replay: choices to read instead of choosing.
@@ -117,7 +115,6 @@ class SlotTracer:
         self.step = 0
         self.recorded = SlotTrace()
         self.replay = replay
-        self._sample_ids = sample_ids
         self._shard, self._num_shards = shard, num_shards
         self._device = device
 
@@ -132,31 +129,30 @@ class SlotTracer:
         """
         sizes = stepper.run.parallel
         return cls(
-            lambda: stepper.current.sample_ids,
             shard=tp_rank if sizes.sequence_parallel else 0,
             num_shards=sizes.tp if sizes.sequence_parallel else 1,
             replay=replay,
             device=stepper.world.device,
         )
 
-    def __call__(self, block: int, length: int, batch: int) -> SlotHook:
+    def __call__(self, block: int, length: int, current: Pass) -> SlotHook:
         """Return the hook of one lookup.
+
+        A pass that is repeated in backward is recorded again, and must choose as it did before.
 
         Args:
             block: 0-based number of the block.
             length: positions that this rank holds.
-            batch: samples.
+            current: whose samples are looked up.
         """
-        samples = list(self._sample_ids())
-        if len(samples) != batch:
-            raise ValueError(f"{batch} samples are looked up, but the micro-batch names {len(samples)}: {samples}.")
+        samples = current.batch.sample_ids
         keys = [(self.step, block, sample) for sample in samples]
         first = self._shard * length
 
         def hook(slot_index: Tensor | None) -> Tensor | None:
             if slot_index is None:
                 return self._replayed(keys, first, length)
-            by_position = slot_index.detach().cpu().numpy().reshape(length, batch, *slot_index.shape[1:])
+            by_position = slot_index.detach().cpu().numpy().reshape(length, len(keys), *slot_index.shape[1:])
             for place, key in enumerate(keys):
                 self.recorded.record(key, by_position[:, place], first, length * self._num_shards)
             return slot_index
@@ -164,8 +160,8 @@ class SlotTracer:
         return hook
 
     def _replayed(self, keys: list[TraceKey], first: int, length: int) -> Tensor | None:
-        """Slots `[length * samples, H, K] int64` of the recorded run; None when nothing is replayed."""
-        if self.replay is None:
+        """Slots `[length * samples, H, K] int64` of the recorded run; None when nothing is to be replayed."""
+        if self.replay is None or not keys:
             return None
         missing = [key for key in keys if key not in self.replay.slots]
         if missing:

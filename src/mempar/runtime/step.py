@@ -19,31 +19,12 @@ from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers, StepReport
 
 
-class BatchCursor:
-    """Iterates over micro-batches and remembers the one that is being computed.
-
-    The interleaved schedule walks the same micro-batches once for every virtual stage.
-    """
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.current: Batch | None = None
-        self._batches = iter(batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        self.current = next(self._batches)
-        return self.current
-
-
 class Stepper:
     """Runs global batches through a model."""
 
     def __init__(self, run: RunConfig, world: World, model: Model, optimizers: Optimizers) -> None:
         self.run, self.world, self.model, self.optimizers = run, world, model, optimizers
         self._num_tokens: Tensor | None = None
-        self.current: Batch | None = None
         model.transformer.finalize_model_grads_func = self._finalize
 
     def _finalize(self, chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
@@ -73,28 +54,29 @@ class Stepper:
         return self.optimizers.step(factor, self._num_tokens, loss_sum)
 
     @torch.no_grad()
-    def evaluate(self, batches: list[Batch]) -> float:
-        """Mean token loss over all ranks' micro-batches, equal on all ranks; changes nothing."""
+    def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
+        """Sum of the token losses of all ranks' micro-batches and their tokens, equal on all ranks; changes nothing."""
         for chunk in self.model.wrapped:
             chunk.eval()
-        loss_sum, tokens = self._schedule(batches, forward_only=True)
-        sums = torch.stack([loss_sum, tokens.double()])
+        sums = torch.stack(self._schedule(batches, forward_only=True))
         dist.all_reduce(sums)
-        return float(sums[0] / sums[1])
+        return float(sums[0]), int(sums[1])
 
     def _schedule(self, batches: list[Batch], *, forward_only: bool) -> tuple[Tensor, Tensor]:
         """Run the schedule; return this rank's sums of losses and tokens (zero off the last stage)."""
-        cursors = [BatchCursor(batches) for _ in self.model.wrapped]
+        # The interleaved schedule walks the same micro-batches once for every virtual stage.
+        iterators = [iter(batches) for _ in self.model.wrapped]
         schedule: Any = mcore.get_forward_backward_func()
         outputs = schedule(
             forward_step_func=self._forward,
-            data_iterator=cursors if len(cursors) > 1 else cursors[0],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.model.wrapped,
             num_microbatches=len(batches),
             seq_length=self.run.train.seq_length,
             micro_batch_size=self.run.train.micro_batch_size,
             forward_only=forward_only,
         )
+        self.model.in_flight.finish()
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         if mcore.parallel_state.get_tensor_model_parallel_rank() == 0:
             # Tensor-parallel ranks all hold the same losses: one of them speaks.
@@ -102,8 +84,8 @@ class Stepper:
                 sums += output["sums"]
         return sums[0], sums[1]
 
-    def _forward(self, cursor: BatchCursor, chunk: Any) -> tuple[Tensor, Any]:
-        batch = self.current = next(cursor)
+    def _forward(self, batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
+        batch = self.model.in_flight.current = next(batches)
         output = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels)
 
         def loss(token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -21,11 +21,12 @@ from mempar.parallel.token_split import TokenSplitReader
 from mempar.parallel.two_hops import TwoHops
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
+from mempar.runtime.in_flight import InFlight, Pass
 
 TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16}
 
-# Given (0-based block, sequence length, batch), the hook that records or replays its choices, or None.
-HookFactory = Callable[[int, int, int], SlotHook | None]
+# Given a 0-based block number, the positions at hand and the pass, the hook that sees its choices, or None.
+HookFactory = Callable[[int, int, Pass], SlotHook | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +53,16 @@ class TableAccess:
 
     Attributes:
         readers: where rows come from.
-        num_members: ranks of the memory-parallel group.
-        hook_factory: called with (block, sequence length, batch) before every lookup; recording or
-            replaying slot choices in tests and studies.
+        in_flight: which micro-batch is looked up.
+        member_dp_ranks: data-parallel rank of every member of the memory-parallel group.
+        hook_factory: called with (block, positions, pass) before every lookup; recording or replaying slot
+            choices in tests and studies. A layer that is computed again in backward calls it again.
     """
 
-    def __init__(self, readers: Readers, num_members: int, value_dim: int) -> None:
+    def __init__(self, readers: Readers, in_flight: InFlight, member_dp_ranks: list[int], value_dim: int) -> None:
         self.readers = readers
-        self.num_members = num_members
+        self.in_flight = in_flight
+        self.member_dp_ranks = member_dp_ranks
         self.hook_factory: HookFactory | None = None
         self._value_dim = value_dim
 
@@ -70,8 +73,13 @@ class TableAccess:
         return readers
 
 
-def make_tables(run: RunConfig, world: World) -> tuple[list[Table], dict[str, TableAccess]]:
+def make_tables(run: RunConfig, world: World, in_flight: InFlight) -> tuple[list[Table], dict[str, TableAccess]]:
     """Make this rank's shards with their initial values, and the ways to them.
+
+    Args:
+        run: the run.
+        world: the ranks and groups it runs on.
+        in_flight: which micro-batch is being computed.
 
     Returns:
         The tables in global order, and the access of each memory on this rank's stage by its name.
@@ -92,10 +100,10 @@ def make_tables(run: RunConfig, world: World) -> tuple[list[Table], dict[str, Ta
                 )
             number += 1
         if mine:
-            assert world.groups is not None
             tables += mine.values()
             readers = Readers(**{part: _reader(run, world, name, table.shard) for part, table in mine.items()})
-            access[name] = TableAccess(readers, world.groups.memory.size, run.value_dim_of(config))
+            dp_ranks = [world.placement.grid.dp_rank(member) for member in _members(world)]
+            access[name] = TableAccess(readers, in_flight, dp_ranks, run.value_dim_of(config))
     return tables, access
 
 
@@ -121,7 +129,12 @@ def _reader(run: RunConfig, world: World, memory: str, shard: ValueShard) -> Row
         value_route = TwoHops(plan, world.groups.inside, world.groups.across) if two else OneHop(plan, group)
         reader = ShardedReader(shard, plan, group, value_route=value_route, merge=placement.memories[memory].merge)
     if grid.tp > 1 and not run.parallel.sequence_parallel:
-        groups = grid.memory_groups((grid.stage_of(world.rank),))
-        members = next(ranks for ranks in groups if world.rank in ranks)
-        reader = TokenSplitReader(reader, world.groups.tensor, [grid.tp_rank(member) for member in members])
+        reader = TokenSplitReader(reader, world.groups.tensor, [grid.tp_rank(member) for member in _members(world)])
     return reader
+
+
+def _members(world: World) -> list[int]:
+    """World ranks of this rank's memory-parallel group."""
+    grid = world.placement.grid
+    groups = grid.memory_groups((grid.stage_of(world.rank),))
+    return next(ranks for ranks in groups if world.rank in ranks)
