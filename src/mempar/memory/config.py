@@ -37,6 +37,8 @@ class MemoryConfig:
         weight_decay: decoupled decay of the values; negative means the dense one.
         clip_grad: limit of the gradient norm of the values alone; 0 turns it off.
         column_tile: width of the unit in which columns are cut and row statistics are kept.
+        usage_interval: steps between reports of how the table is used (coverage, dead slots, skew, entropy of the
+            heads); 0 never counts anything.
     """
 
     enabled: bool = True
@@ -55,6 +57,7 @@ class MemoryConfig:
     weight_decay: float = -1.0
     clip_grad: float = 1.0
     column_tile: int = 128
+    usage_interval: int = 100
 
     def __post_init__(self) -> None:
         """Check every setting that does not depend on the rest of the run."""
@@ -88,6 +91,11 @@ class MemoryConfig:
                 raise ConfigError(
                     f"memory.{name}={getattr(self, name)} must be a number of at least 0; 0 takes its default."
                 )
+        if self.usage_interval < 0:
+            raise ConfigError(
+                f"memory.usage_interval={self.usage_interval} is negative; it is a number of steps, and 0 never "
+                "reports; use a number of at least 0."
+            )
         if not -math.inf < self.weight_decay < math.inf:
             raise ConfigError(f"memory.weight_decay={self.weight_decay} must be finite; a negative one takes optim's.")
 

@@ -13,6 +13,7 @@ import torch
 from mempar.memory.config import MemoryConfig
 from mempar.memory.layer import SlotHook
 from mempar.memory.lookup import LocalReader, Readers, RowReader, SilentReader
+from mempar.memory.usage import LookupTally
 from mempar.memory.values import ValueShard
 from mempar.parallel.collectives import MemberGroup
 from mempar.parallel.exchange import ShardedReader
@@ -53,12 +54,14 @@ class TableAccess:
         num_members: ranks of the memory-parallel group.
         hook_factory: called with (block, sequence length, batch) before every lookup; recording or
             replaying slot choices in tests and studies.
+        tally: counts the lookups of a training step that is watched; None in all others.
     """
 
     def __init__(self, readers: Readers, num_members: int, value_dim: int) -> None:
         self.readers = readers
         self.num_members = num_members
         self.hook_factory: HookFactory | None = None
+        self.tally: LookupTally | None = None
         self._value_dim = value_dim
 
     def silence(self) -> Readers:
