@@ -75,7 +75,8 @@ def random_batches(run: Any, dp_rank: int, dp: int) -> list[Any]:
 class Stopwatch:
     """Sums the time spent in wrapped functions."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         self.seconds: Counter[str] = Counter()
 
     def wrap(self, owner: Any, name: str, phase: str, before: Callable[[], Any] = lambda: None) -> None:
@@ -84,9 +85,9 @@ class Stopwatch:
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             before()
-            started = time.perf_counter()
+            started = self.clock()
             result = function(*args, **kwargs)
-            self.seconds[phase] += time.perf_counter() - started
+            self.seconds[phase] += self.clock() - started
             return result
 
         setattr(owner, name, staticmethod(timed) if isinstance(owner, type) else timed)
