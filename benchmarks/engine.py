@@ -76,7 +76,8 @@ def random_batches(run: Any, dp_rank: int, dp: int) -> list[Any]:
 class Stopwatch:
     """Sums the time spent in wrapped functions."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         self.seconds: Counter[str] = Counter()
 
     def wrap(self, owner: Any, name: str, phase: str, before: Callable[[], Any] = lambda: None) -> None:
@@ -85,9 +86,9 @@ class Stopwatch:
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             before()
-            started = time.perf_counter()
+            started = self.clock()
             result = function(*args, **kwargs)
-            self.seconds[phase] += time.perf_counter() - started
+            self.seconds[phase] += self.clock() - started
             return result
 
         setattr(owner, name, staticmethod(timed) if isinstance(owner, type) else timed)
@@ -202,14 +203,19 @@ def time_memory(steps: int) -> dict[int, list[dict[str, float]]]:
     return rows
 
 
-def two_ranks(steps: int) -> dict[int, list[dict[str, float]]]:
-    """Run `time_memory` on two ranks; rank 0's results."""
+def on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function on ranks of this machine; rank 0's result."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="bench"
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="bench",
     )
-    return elastic_launch(config, time_memory)(steps)[0]
+    return elastic_launch(config, function)(*arguments)[0]
 
 
 def least_rows(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -261,7 +267,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    memory = two_ranks(arguments.steps)
+    memory = on_ranks(2, time_memory, arguments.steps)
     figures = report(time_dense(arguments.steps), memory)
     if arguments.out:
         arguments.out.write_text(json.dumps({**describe_machine(), **figures}, indent=1) + "\n")

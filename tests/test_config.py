@@ -79,6 +79,7 @@ EVERYTHING_SET = RunConfig(
         (lambda: DataConfig(paths=("a", "b"), weights=(1.0,)), r"data\.weights has 1 numbers for 2 data\.paths"),
         (lambda: DataConfig(paths=("a", "b"), weights=(1.0, 0.0)), r"data\.weights=\[1\.0, 0\.0\]"),
         (lambda: DataConfig(paths=("a",), weights=(math.nan,)), r"data\.weights=\[nan\]"),
+        (lambda: MemoryConfig(usage_interval=-5), r"memory\.usage_interval=-5 "),
         (lambda: RunConfig(memory=MemoryConfig()), r"memory\.layers is empty"),
         (lambda: replace(BASE, memory=replace(MEMORY, layers=(4, 24))), r"\[4, 24\] .*blocks 0 to 23"),
         (lambda: replace(BASE, memory=replace(MEMORY, layers=(-1, 4))), r"\[-1, 4\] .*blocks 0 to 23"),

@@ -48,7 +48,15 @@ def toy(paths: tuple[str, ...], *, dtype: str = "float64", optimizer: str = "row
             vocab_multiple=8,
         ),
         memory=MemoryConfig(
-            layers=(1, 2, 3), num_subkeys=9, heads=2, top_k=3, key_dim=8, column_tile=8, optimizer=optimizer
+            layers=(1, 2, 3),
+            num_subkeys=9,
+            heads=2,
+            top_k=3,
+            key_dim=8,
+            column_tile=8,
+            optimizer=optimizer,
+            # A window spans the step at which runs are saved and resumed.
+            usage_interval=4,
         ),
         parallel=ParallelConfig(**parallel),
         optim=OptimConfig(lr=2e-3, warmup_steps=2, schedule="constant"),
@@ -95,6 +103,17 @@ def train(pool: RankPool, run: RunConfig, root: Path, *, ranks: int | None = Non
     return [row for row in read_rows(directory.metrics) if "loss" in row]
 
 
+# Beginnings of the names of usage figures.
+USAGE = ("memory_coverage", "memory_dead", "memory_reads", "memory_busiest", "memory_effective", "memory_shard")
+USAGE += ("memory_entropy",)
+
+
+def usage_of(rows: list[dict]) -> dict[str, float]:
+    """The last report of usage."""
+    reports = [{name: row[name] for name in row if name.startswith(USAGE)} for row in rows]
+    return [report for report in reports if report][-1]
+
+
 def until(run: RunConfig, steps: int) -> RunConfig:
     return dataclasses.replace(run, train=dataclasses.replace(run.train, steps=steps))
 
@@ -128,6 +147,7 @@ def test_resume_in_the_same_layout_is_bit_for_bit_the_uninterrupted_run(
     for before, after in zip(whole, parts, strict=True):
         for name in ("loss", "grad_norm", "memory_grad_norm", "lr", "tokens"):
             assert before[name] == after[name], f"{name} of step {before['step']}"
+    assert usage_of(parts) == usage_of(whole)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +173,30 @@ def test_resume_in_another_layout_keeps_the_layout_law(
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-9)
         assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-6)
         assert after["memory_grad_norm"] == pytest.approx(before["memory_grad_norm"], rel=1e-6)
+    expected, found = usage_of(whole), usage_of(parts)
+    # How evenly shards are read is the one figure that depends on them.
+    assert expected.pop("memory_shard_imbalance") == 1.0 <= found.pop("memory_shard_imbalance")
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert expected["memory_dead_since_step"] == 0
+
+
+def test_usage_counts_from_the_resumed_step_when_the_checkpoint_did_not(
+    pool: RankPool, paths: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = toy(paths)
+    silent = dataclasses.replace(run, memory=dataclasses.replace(run.memory, usage_interval=0))
+    rows = train(pool, until(silent, 3), tmp_path / "run")
+    assert not any(name.startswith(USAGE) for row in rows for name in row)
+    layout = json.loads((tmp_path / "run" / "layout.json").read_text())
+    assert layout["ranks"][0]["history_bytes"] == {}
+    resumed = usage_of(train(pool, run, tmp_path / "run", resume=True))
+    assert (resumed["memory_dead_since_step"], resumed["memory_coverage_steps"]) == (3, 1)
+    assert resumed["memory_dead_slots"] == round(81 * (1.0 - resumed["memory_coverage"]))
+    # Saved again, the history goes on from there.
+    longer = dataclasses.replace(until(run, 8), memory=dataclasses.replace(run.memory, usage_interval=8))
+    later = usage_of(train(pool, longer, tmp_path / "run", resume=True))
+    assert (later["memory_dead_since_step"], later["memory_coverage_steps"]) == (3, 5)
+    assert later["memory_dead_slots"] <= resumed["memory_dead_slots"]
 
 
 def test_resume_of_the_distributed_optimizer_on_other_ranks_keeps_the_layout_law(
@@ -183,6 +227,7 @@ def test_layout_json_shows_disjoint_slices_that_cover_the_table(
         assert table["bytes"] == pytest.approx(81 * 24 * 8 / 6, rel=0.02)
         assert set(table["state_bytes"].values()) == {table["bytes"]}
         rank = row["rank"]
+        assert row["history_bytes"] == {"memory": height * 4}
         assert row["groups"]["memory"] == [0, 1, 2, 3, 4, 5]
         assert row["groups"]["memory_inside"] == [rank // 2 * 2, rank // 2 * 2 + 1]
         assert row["groups"]["memory_across"] == [rank % 2, rank % 2 + 2, rank % 2 + 4]

@@ -40,6 +40,8 @@ class MemoryConfig:
         merge_duplicates: whether reads of a token that chose the same slot (in different heads) travel as one:
             `auto` (where that pays, see `parallel/cost.py`), `on` or `off`.
         column_tile: width of the unit in which columns are cut and row statistics are kept.
+        usage_interval: steps between reports of how the table is used (coverage, dead slots, skew, entropy of the
+            heads); 0 never counts anything.
     """
 
     enabled: bool = True
@@ -59,6 +61,7 @@ class MemoryConfig:
     clip_grad: float = 1.0
     merge_duplicates: str = "auto"
     column_tile: int = 128
+    usage_interval: int = 100
 
     def __post_init__(self) -> None:
         """Check every setting that does not depend on the rest of the run."""
@@ -97,6 +100,11 @@ class MemoryConfig:
                 raise ConfigError(
                     f"memory.{name}={getattr(self, name)} must be a number of at least 0; 0 takes its default."
                 )
+        if self.usage_interval < 0:
+            raise ConfigError(
+                f"memory.usage_interval={self.usage_interval} is negative; it is a number of steps, and 0 never "
+                "reports; use a number of at least 0."
+            )
         if not -math.inf < self.weight_decay < math.inf:
             raise ConfigError(f"memory.weight_decay={self.weight_decay} must be finite; a negative one takes optim's.")
 

@@ -127,6 +127,11 @@ def copy_sync_bytes(num_copies: int, num_rows: int, *, num_columns: int, grad_by
     return (num_copies - 1) * (COUNT_BYTES + num_rows * (INDEX_BYTES + grad_bytes * num_columns))
 
 
+def add_by_key_bytes(num_members: int, num_pairs: int) -> int:
+    """Bytes sent to add up pairs of int64 by key, of which `num_pairs` are meant for other members."""
+    return COUNT_BYTES * (num_members - 1 + 2 * num_pairs)
+
+
 def columns_send_fewer_bytes(*, value_dim: int, reads: int, value_bytes: int) -> bool:
     """Whether column shards send less than row shards, forward and backward: 2 D b > (e + s) M."""
     return 2 * value_dim * value_bytes > (INDEX_BYTES + 2 * value_bytes) * reads

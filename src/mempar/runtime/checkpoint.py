@@ -26,6 +26,9 @@ from mempar.runtime.optim import Optimizers
 from mempar.runtime.run_dir import describe_checkpoint
 from mempar.runtime.tables import Table
 
+# In a checkpoint's description: for each memory with a history of its rows the step after which it begins.
+HISTORY_SINCE = "history_since"
+
 
 def save(path: Path, run: RunConfig, world: World, model: Model, optimizers: Optimizers, meta: dict) -> None:
     """Write a checkpoint; every rank must call it.
@@ -45,7 +48,7 @@ def save(path: Path, run: RunConfig, world: World, model: Model, optimizers: Opt
     dist.barrier()
     with _quiet():
         mcore.dist_checkpointing.save(
-            _sharded_state(model, optimizers, loading=False),
+            _sharded_state(model, optimizers, list(optimizers.histories), loading=False),
             str(partial),
             # One file a rank.
             sharded_strategy=mcore.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
@@ -68,8 +71,10 @@ def load(path: Path, world: World, model: Model, optimizers: Optimizers, meta: d
         optimizers: moments and step counts, overwritten.
         meta: the checkpoint's description, as read by `run_dir.read_meta`.
     """
+    with_history = [memory for memory in optimizers.histories if memory in meta.get(HISTORY_SINCE, {})]
     with _quiet():
-        state: Any = mcore.dist_checkpointing.load(_sharded_state(model, optimizers, loading=True), str(path))
+        wanted = _sharded_state(model, optimizers, with_history, loading=True)
+        state: Any = mcore.dist_checkpointing.load(wanted, str(path))
         for place, chunk in enumerate(model.chunks):
             chunk.load_state_dict(state[_chunk_name(model, place)], strict=False)
         optimizers.dense.load_state_dict(state["optimizer"])
@@ -77,6 +82,10 @@ def load(path: Path, world: World, model: Model, optimizers: Optimizers, meta: d
         for key, tensor in _table_tensors(table, optimizers).items():
             tensor.copy_(state["tables"][key])
         optimizers.tables[table.name].step = meta["applied_steps"]
+    for memory, history in optimizers.histories.items():
+        history.step = meta["step"]
+        if memory in with_history:
+            history.last_read.copy_(state["histories"][memory])
 
 
 def prune(checkpoints: Path, keep: int) -> None:
@@ -90,7 +99,7 @@ def _chunk_name(model: Model, place: int) -> str:
     return "model" if len(model.chunks) == 1 else f"model{place}"
 
 
-def _sharded_state(model: Model, optimizers: Optimizers, *, loading: bool) -> dict[str, Any]:
+def _sharded_state(model: Model, optimizers: Optimizers, with_history: list[str], *, loading: bool) -> dict[str, Any]:
     metadata = {
         "dp_cp_group": mcore.parallel_state.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -106,6 +115,11 @@ def _sharded_state(model: Model, optimizers: Optimizers, *, loading: bool) -> di
         key: _table_block(key, tensor, table)
         for table in model.tables
         for key, tensor in _table_tensors(table, optimizers).items()
+    }
+    state["histories"] = {
+        table.memory: _history_block(optimizers.histories[table.memory].last_read, table)
+        for table in model.tables
+        if table.memory in with_history
     }
     return state
 
@@ -128,6 +142,21 @@ def _table_block(key: str, tensor: Tensor, table: Table) -> Any:
         # Shards need not be equal, so a table has no regular grid of fragments.
         axis_fragmentations=None,
         replica_id=table.copies.rank,
+    )
+
+
+def _history_block(last_read: Tensor, table: Table) -> Any:
+    part = table.shard.part
+    return mcore.ShardedTensor(
+        key=f"{table.memory}.last_read",
+        data=last_read,
+        dtype=last_read.dtype,
+        local_shape=(part.num_rows,),
+        global_shape=(part.num_slots,),
+        global_offset=(part.row_start,),
+        axis_fragmentations=None,
+        # Column shards hold the same rows, as copies do.
+        replica_id=table.copies.rank + table.copies.size * part.column_start,
     )
 
 

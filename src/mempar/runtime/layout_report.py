@@ -59,6 +59,10 @@ def _holdings(world: World, model: Model, optimizers: Optimizers) -> dict[str, A
         "groups": groups,
         "dense_bytes": dense_bytes,
         "tables": {table.name: _table(table, optimizers) for table in model.tables},
+        "history_bytes": {
+            memory: history.last_read.numel() * history.last_read.element_size()
+            for memory, history in optimizers.histories.items()
+        },
     }
 
 

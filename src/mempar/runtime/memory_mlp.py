@@ -29,6 +29,14 @@ class MemoryMLP(MemoryLayer):
         """Learn the 1-based global number of the block; megatron calls this."""
         self.block = layer_number - 1
 
+    def choose(self, x: Tensor, slot_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Choose as every memory layer does, and let the choice be counted in a step that is watched."""
+        slot_index, weight = super().choose(x, slot_index)
+        # A layer that is recomputed runs first without gradients, and then once with them.
+        if self.access.tally is not None and torch.is_grad_enabled():
+            self.access.tally.add(self.block, slot_index, weight)
+        return slot_index, weight
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, hidden_states: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:

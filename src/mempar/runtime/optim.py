@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mempar.memory.optimizer import AdamSettings, TableAdam
+from mempar.memory.usage import RowHistory
 from mempar.parallel.gradsync import sum_over_copies
 from mempar.runtime import mcore
 from mempar.runtime.bringup import World
@@ -56,6 +57,8 @@ class Optimizers:
     Attributes:
         dense: megatron's optimizer.
         tables: the shards' optimizers by the tables' names, in global order.
+        histories: when each row of a memory on this rank was read last, by the memory's name; those with
+            usage_interval=0 have none.
     """
 
     def __init__(self, run: RunConfig, world: World, model: Model) -> None:
@@ -78,6 +81,12 @@ class Optimizers:
         )
         model.transformer.grad_scale_func = self.dense.scale_loss
         self.tables = {table.name: self._table_optimizer(table) for table in model.tables}
+        # All tables of a memory are read at the same rows.
+        self.histories = {
+            table.memory: RowHistory(table.shard.part.num_rows, world.device)
+            for table in model.tables
+            if table.config.usage_interval
+        }
 
     def _table_optimizer(self, table: Table) -> TableAdam:
         run = self.run
@@ -109,6 +118,8 @@ class Optimizers:
         self.dense.prepare_grads()
         tokens = int(num_tokens)
         gradients = self._table_gradients(tokens)
+        for memory, history in self.histories.items():
+            history.mark(gradients[f"{memory}.values"][0])
         sums = torch.stack([loss_sum, self._dense_square_sum(), *self._table_square_sums(gradients)])
         # One reduction carries the loss and every norm: a number that is not finite anywhere reaches
         # every rank, and no rank returns before the others.

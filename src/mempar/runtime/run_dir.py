@@ -14,13 +14,15 @@ import json
 from pathlib import Path
 
 from mempar.errors import CheckpointError, ConfigError
+from mempar.memory.config import MemoryConfig
 from mempar.runtime.config import RunConfig
 from mempar.runtime.overrides import load_yaml, to_yaml
 
 # What must be equal for a run to be the same run: the model, the numbers it is trained with, its data.
 _IDENTITY = {
     "model": None,
-    "memory": None,
+    # What is watched does not change what is trained.
+    "memory": tuple(setting.name for setting in dataclasses.fields(MemoryConfig) if setting.name != "usage_interval"),
     "optim": None,
     "train": ("seed", "global_batch_size", "seq_length", "dtype"),
     "data": ("corpus", "paths", "weights", "tokenizer"),

@@ -13,6 +13,7 @@ import torch
 from mempar.memory.config import MemoryConfig
 from mempar.memory.layer import SlotHook
 from mempar.memory.lookup import LocalReader, Readers, RowReader, SilentReader
+from mempar.memory.usage import LookupTally
 from mempar.memory.values import ValueShard
 from mempar.parallel.collectives import MemberGroup
 from mempar.parallel.exchange import ShardedReader
@@ -57,6 +58,7 @@ class TableAccess:
         member_dp_ranks: data-parallel rank of every member of the memory-parallel group.
         hook_factory: called with (block, positions, pass) before every lookup; recording or replaying slot
             choices in tests and studies. A layer that is computed again in backward calls it again.
+        tally: counts the lookups of a training step that is watched; None in all others.
     """
 
     def __init__(self, readers: Readers, in_flight: InFlight, member_dp_ranks: list[int], value_dim: int) -> None:
@@ -64,6 +66,7 @@ class TableAccess:
         self.in_flight = in_flight
         self.member_dp_ranks = member_dp_ranks
         self.hook_factory: HookFactory | None = None
+        self.tally: LookupTally | None = None
         self._value_dim = value_dim
 
     def silence(self) -> Readers:

@@ -19,6 +19,7 @@ from mempar.runtime.schedule import lr_factor
 from mempar.runtime.size import model_size
 from mempar.runtime.step import Stepper
 from mempar.runtime.tokenizer import vocab_size
+from mempar.runtime.usage import UsageMonitor, usage_lines
 
 
 @dataclass(kw_only=True)
@@ -60,10 +61,14 @@ class Trainer:
         self.progress = Progress()
         self.samples = Samples(run, run.data.paths, run.data.weights, run.train.seed)
         self.heldout = Heldout(run, world, self.stepper, self.model) if run.train.heldout_samples else None
+        since: dict[str, int] = dict.fromkeys(run.memories, 0)
         if load is not None:
             meta = read_meta(load, run)
             checkpoint.load(load, world, self.model, self.optimizers, meta)
             self.progress = Progress(**{name: meta[name] for name in ("step", "applied_steps", "tokens")})
+            # A history that was not saved begins here.
+            since = dict.fromkeys(run.memories, self.progress.step) | meta.get(checkpoint.HISTORY_SINCE, {})
+        self.usage = UsageMonitor(run, world, self.model, self.optimizers, since)
         write_layout(directory.layout, world, self.model, self.optimizers)
         self.terminal: Terminal | None = None
         self.log: MetricsLog | None = None
@@ -95,6 +100,7 @@ class Trainer:
         path = self.directory.checkpoint(self.progress.step)
         started = time.monotonic()
         meta = {**vars(self.progress), "samples": self.progress.step * self.run.train.global_batch_size}
+        meta[checkpoint.HISTORY_SINCE] = self.usage.since
         checkpoint.save(path, self.run, self.world, self.model, self.optimizers, meta)
         if self.world.is_main:
             checkpoint.prune(self.directory.checkpoints, self.run.train.keep_checkpoints)
@@ -115,14 +121,16 @@ class Trainer:
             device=self.world.device,
         )
         factor = lr_factor(self.run.optim, progress.step, train.steps)
+        self.usage.watch(progress.step + 1)
         report = self.stepper.train(batches, factor)
         progress.step += 1
+        usage = self.usage.report(progress.step)
         progress.applied_steps += report.applied
         progress.tokens += report.tokens
         if self.world.is_main:
-            self._record(report, factor, time.monotonic() - started)
+            self._record(report, factor, time.monotonic() - started, usage)
 
-    def _record(self, report: StepReport, factor: float, seconds: float) -> None:
+    def _record(self, report: StepReport, factor: float, seconds: float, usage: dict[str, float]) -> None:
         assert self.log is not None and self.terminal is not None
         row: dict[str, Any] = {
             "step": self.progress.step,
@@ -138,11 +146,14 @@ class Trainer:
             row[f"{name}_lr"] = factor * self.run.values_lr_of(memory)
         if self.progress.skipped:
             row["skipped_steps"] = self.progress.skipped
+        row.update(usage)
         self.log.write(row)
         peak = peak_flops(self.run.train.peak_tflops)
         flops = model_size(self.run, vocab_size(self.run)).flops_per_token * row["tokens_per_s"]
         mfu = flops / (peak * self.world.size) if peak else None
         self.terminal.step(row, mfu=mfu, skipped=self.progress.skipped)
+        for line in usage_lines(usage, self.run):
+            self._say(line)
 
     def _announce(self) -> None:
         size = model_size(self.run, vocab_size(self.run))
