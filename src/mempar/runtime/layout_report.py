@@ -22,7 +22,9 @@ def write_layout(path: Path, world: World, model: Model, optimizers: Optimizers)
         return
     placement = world.placement
     grid = placement.grid
-    sizes = {name: getattr(grid, name) for name in ("world", "tp", "cp", "pp", "dp", "mp", "mp_rows", "mp_columns")}
+    sizes = {
+        name: getattr(grid, name) for name in ("world", "tp", "cp", "pp", "dp", "ep", "mp", "mp_rows", "mp_columns")
+    }
     memories = {
         name: {"stages": memory.stages, "shape": [memory.plan.num_slots, memory.plan.value_dim]}
         for name, memory in placement.memories.items()
@@ -37,6 +39,7 @@ def _holdings(world: World, model: Model, optimizers: Optimizers) -> dict[str, A
         "tensor": dist.get_process_group_ranks(state.get_tensor_model_parallel_group()),
         "pipeline": dist.get_process_group_ranks(state.get_pipeline_model_parallel_group()),
         "data": dist.get_process_group_ranks(state.get_data_parallel_group()),
+        "expert": dist.get_process_group_ranks(state.get_expert_model_parallel_group()),
         "memory": _group_of(rank, grid.memory_groups(world.placement.table_stages)),
         "copies": {
             name: _group_of(rank, grid.copy_groups(memory.stages)) for name, memory in world.placement.memories.items()

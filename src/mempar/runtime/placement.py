@@ -39,11 +39,13 @@ class Placement:
 
     Attributes:
         grid: ranks of every dimension.
-        memories: where each memory's tables lie, by the memory's name; empty for a dense model.
+        memories: where each memory's tables lie, by the memory's name; empty for a model without any.
+        experts: one line that says where experts lie; empty for a model without any.
     """
 
     grid: RankGrid
     memories: dict[str, MemoryPlacement]
+    experts: str = ""
 
     @property
     def table_stages(self) -> tuple[int, ...]:
@@ -52,12 +54,12 @@ class Placement:
 
     @property
     def reason(self) -> str:
-        """One line that says where the tables lie and why."""
-        if not self.memories:
-            return "dense model, no table"
-        if len(self.memories) == 1:
-            return next(iter(self.memories.values())).reason
-        return "; ".join(f"{name}: {memory.reason}" for name, memory in self.memories.items())
+        """One line that says where the tables and the experts lie and why."""
+        parts = [f"{name}: {memory.reason}" for name, memory in self.memories.items()]
+        if len(parts) == 1:
+            parts = [memory.reason for memory in self.memories.values()]
+        parts += [self.experts] if self.experts else []
+        return "; ".join(parts) or "dense model, no table"
 
 
 def stage_of_layer(layer: int, *, num_layers: int, pp: int, vpp: int) -> int:
@@ -77,7 +79,7 @@ def place(config: RunConfig, world: int) -> Placement:
             f"parallel.mp={sizes.mp} with memory.enabled=false: there is no table to cut; use parallel.mp=1."
         )
     rows, why = _row_shards(config)
-    grid = RankGrid(world=world, tp=sizes.tp, cp=sizes.cp, pp=sizes.pp, mp=sizes.mp, mp_rows=rows)
+    grid = RankGrid(world=world, tp=sizes.tp, cp=sizes.cp, pp=sizes.pp, ep=sizes.ep, mp=sizes.mp, mp_rows=rows)
     _check_batch(config, grid)
     memories = {}
     for name, memory in config.memories.items():
@@ -99,7 +101,7 @@ def place(config: RunConfig, world: int) -> Placement:
         memories[name] = MemoryPlacement(
             stages=stages, plan=plan, reason=f"{_where(config, memory.layers, stages)}; {why}"
         )
-    return Placement(grid=grid, memories=memories)
+    return Placement(grid=grid, memories=memories, experts=_experts(config))
 
 
 def with_micro_batch(config: RunConfig, world: int) -> RunConfig:
@@ -154,6 +156,14 @@ def _where(config: RunConfig, layers: tuple[int, ...], stages: tuple[int, ...]) 
         f"a copy of the table on each of the stages {', '.join(map(str, stages))}: its layers "
         f"{list(layers)} do not fall on one stage at pp={sizes.pp}, vpp={sizes.vpp}"
     )
+
+
+def _experts(config: RunConfig) -> str:
+    moe, ep = config.moe, config.parallel.ep
+    if not moe.enabled:
+        return ""
+    blocks = ", ".join(map(str, config.moe_layers))
+    return f"{moe.num_experts} experts in each of the blocks {blocks}, {moe.num_experts // ep} on each rank (ep={ep})"
 
 
 def _check_batch(config: RunConfig, grid: RankGrid) -> None:

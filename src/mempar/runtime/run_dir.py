@@ -21,6 +21,7 @@ from mempar.runtime.overrides import load_yaml, to_yaml
 _IDENTITY = {
     "model": None,
     "memory": None,
+    "moe": None,
     "optim": None,
     "train": ("seed", "global_batch_size", "seq_length", "dtype"),
     "data": ("corpus", "paths", "weights", "tokenizer"),
@@ -40,6 +41,7 @@ _SHAPES = {
         "qk_norm",
         "scalar_gate",
     ),
+    "moe": ("num_experts", "ffn_hidden_size", "layers"),
 }
 
 
