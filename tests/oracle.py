@@ -3,7 +3,8 @@
 The engine in `src/mempar` must reproduce what this file computes (the oracle law). It is written for reading and
 imports nothing from mempar; autograd makes every gradient, dense `[S, D]` table gradients included. It follows
 "Memory Layers at Scale" (arXiv 2412.09764), section 3, on the transformer of megatron-core 0.16.1. Variants `memory`,
-`memory_plus` and `peer` (arXiv 2407.04153); no MoE, no dropout.
+`memory_plus` and `peer` (arXiv 2407.04153); mixtures of experts with token
+choice; no dropout.
 
 Parameters are one flat `dict[str, Tensor]` under the names megatron-core uses on a single process. The arithmetic has
 the parameters' dtype; norms, softmaxes and the loss have at least float32.
@@ -11,6 +12,7 @@ the parameters' dtype; norms, softmaxes and the loss have at least float32.
     B sequences   L positions   T = B*L tokens (token b*L + l)   V padded vocabulary   C model width   F FFN width
     A attention heads   G query groups   d = C/A head width
     H memory heads   N sub-keys per half   S = N*N slots   Q half-key width   K top-k   D value width
+    E experts   J experts that a token is sent to   F_e width of an expert
 
     embedding.word_embeddings.weight  [V, C]      output_layer.weight  [V, C] (absent when tied)
     decoder.final_layernorm.weight    [C]         memory.values        [S, D] (shared by all layers of a memory)
@@ -26,6 +28,9 @@ the parameters' dtype; norms, softmaxes and the loss have at least float32.
       mlp.output_proj.weight, .bias       [C, D], [C]      memory_plus only
       mlp.query_norm.weight, mlp.key_norm.weight   [Q]     with qk_norm
       mlp.scalar_gate.weight, .bias       [1, C], [1]      with scalar_gate
+    and in a block of experts
+      mlp.router.weight                   [E, C]
+      mlp.experts.{e}.linear_fc1.weight   [2F_e, C]        mlp.experts.{e}.linear_fc2.weight   [C, F_e]
 """
 
 import math
@@ -72,6 +77,10 @@ class OracleConfig(MemoryShape):
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = False
     more_memories: tuple[MemoryShape, ...] = ()
+    moe_layers: tuple[int, ...] = ()
+    num_experts: int = 0
+    experts_per_token: int = 0
+    balance_loss: float = 0.0
 
     def memory_of(self, layer: int) -> MemoryShape | None:
         """The memory that a block reads."""
@@ -173,8 +182,38 @@ def memory_layer(
     return out, slot
 
 
-def forward(params: Params, tokens: Tensor, config: OracleConfig, replay: Slots | None = None) -> tuple[Tensor, Slots]:
-    """tokens [B, L] -> logits [B, L, V] and the slots of each memory layer [B, L, H, K]."""
+def mixture_of_experts(params: Params, prefix: str, x: Tensor, config: OracleConfig) -> tuple[Tensor, Tensor]:
+    """x [T, C] -> out [T, C] and the balance loss [], as megatron's router has it by default.
+
+    Every token goes to the J experts of the largest logits. They are weighed by the softmax over these J logits; with
+    J = 1, where that would be 1, by the softmax over all.
+    """
+    logits = F.linear(at_least_float32(x), at_least_float32(params[f"{prefix}.router.weight"]))
+    probability = logits.softmax(-1)
+    # [T, J]
+    best, expert = logits.topk(config.experts_per_token, dim=-1)
+    weight = best.softmax(-1) if config.experts_per_token > 1 else probability.gather(-1, expert)
+    out = torch.zeros_like(x)
+    for number in range(config.num_experts):
+        token, place = (expert == number).nonzero(as_tuple=True)
+        done = feed_forward(params, f"{prefix}.experts.{number}", x[token])
+        out = out.index_add(0, token, (weight[token, place, None] * done).to(x.dtype))
+    # E times the sum over experts of the share of choices and the mean probability (arXiv 2101.03961): 1 when equal.
+    share = F.one_hot(expert, config.num_experts).to(probability.dtype).sum(1).mean(0) / config.experts_per_token
+    return out, config.num_experts * (share * probability.mean(0)).sum()
+
+
+def forward(
+    params: Params,
+    tokens: Tensor,
+    config: OracleConfig,
+    replay: Slots | None = None,
+    balance: list[Tensor] | None = None,
+) -> tuple[Tensor, Slots]:
+    """tokens [B, L] -> logits [B, L, V] and the slots of each memory layer [B, L, H, K].
+
+    The balance loss of each block of experts is appended to `balance`.
+    """
     x = params["embedding.word_embeddings.weight"][tokens]
     slots: Slots = {}
     for layer in range(config.num_layers):
@@ -183,7 +222,12 @@ def forward(params: Params, tokens: Tensor, config: OracleConfig, replay: Slots 
         x = x + attention_layer(params, f"{prefix}.self_attention", normed, config)
         normed = rms_norm(x, params[f"{prefix}.pre_mlp_layernorm.weight"], config.norm_epsilon)
         memory = config.memory_of(layer)
-        if memory is None or memory.beside:
+        if layer in config.moe_layers:
+            out, unequal = mixture_of_experts(params, f"{prefix}.mlp", normed.flatten(0, 1), config)
+            x = x + out.unflatten(0, tokens.shape)
+            if balance is not None:
+                balance.append(unequal)
+        elif memory is None or memory.beside:
             x = x + feed_forward(params, f"{prefix}.mlp", normed)
         if memory is not None:
             chosen = None if replay is None else replay[layer].flatten(0, 1)
@@ -204,12 +248,13 @@ def loss(
     config: OracleConfig,
     replay: Slots | None = None,
     num_tokens: Tensor | None = None,
+    balance: list[Tensor] | None = None,
 ) -> tuple[Tensor, Slots]:
     """The masked token losses' sum over `num_tokens`: the unmasked tokens of the global batch, by default of this one.
 
     labels are the tokens to predict, already shifted. The padded columns of the vocabulary take part in the softmax.
     """
-    logits, slots = forward(params, tokens, config, replay)
+    logits, slots = forward(params, tokens, config, replay, balance)
     token_loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), labels.flatten(), reduction="none")
     num_tokens = loss_mask.sum() if num_tokens is None else num_tokens
     return (token_loss * loss_mask.flatten()).sum() / num_tokens.clamp(min=1), slots
@@ -218,16 +263,22 @@ def loss(
 def gradients(
     params: Params, batches: Sequence[Batch], config: OracleConfig, replay: Sequence[Slots] | None = None
 ) -> tuple[Tensor, Params, list[Slots]]:
-    """Loss, gradient of every parameter, and the slots of each micro-batch, for the global batch `batches`."""
+    """Loss, gradient of every parameter, and the slots of each micro-batch, for the global batch `batches`.
+
+    The balance loss is in the gradients but not in the loss. As in megatron, each micro-batch weighs in it by all its
+    tokens, masked ones too.
+    """
     leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
     num_tokens = torch.stack([loss_mask.sum() for _, _, loss_mask in batches]).sum()
-    parts, slots = [], []
+    parts, slots, unequal = [], [], torch.zeros(())
     for index, batch in enumerate(batches):
-        part, chosen = loss(leaves, *batch, config, None if replay is None else replay[index], num_tokens)
+        balance: list[Tensor] = []
+        part, chosen = loss(leaves, *batch, config, None if replay is None else replay[index], num_tokens, balance)
+        unequal = unequal + sum(balance) * batch[0].numel() / num_tokens
         parts.append(part)
         slots.append(chosen)
     total = torch.stack(parts).sum()
-    grads = torch.autograd.grad(total, list(leaves.values()))
+    grads = torch.autograd.grad(total + config.balance_loss * unequal, list(leaves.values()))
     return total.detach(), dict(zip(leaves, grads, strict=True)), slots
 
 

@@ -20,6 +20,10 @@ def oracle_config(run: RunConfig) -> oracle.OracleConfig:
         rotary_base=model.rotary_base,
         norm_epsilon=model.norm_epsilon,
         tie_embeddings=model.tie_embeddings,
+        moe_layers=run.moe_layers,
+        num_experts=run.moe.num_experts,
+        experts_per_token=run.moe.top_k,
+        balance_loss=run.moe.aux_loss,
         more_memories=tuple(oracle.MemoryShape(**shape) for shape in shapes[1:]),
         **(shapes[0] if shapes else {}),
     )

@@ -36,6 +36,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["train", "smoke", "parallel.mp=5", "--nproc", "3"], "tp*cp*dp = 1*1*3 = 3"),
         (["train", "smoke", "parallel.tp=3"], "does not divide model.num_attention_heads=4"),
         (["train", "smoke", "parallel.cp=2"], "needs TransformerEngine"),
+        (["train", "smoke", "parallel.ep=2"], "there are no experts to divide"),
         (["train", "smoke", "data.corpus=", "data.paths=[/nowhere/x]"], "/nowhere/x.bin does not exist"),
         (["train", "smoke", "data.corpus=wiki"], "built-in corpora are: stdlib"),
         (["train", "smoke", "data.corpus="], "mempar prepare"),
@@ -111,3 +112,20 @@ def test_two_ranks_train_resume_and_refuse_like_one(tmp_path: Path) -> None:
     again = mempar("train", "smoke", *TINY, cache, "train.steps=3", *branch)
     assert again.returncode == 0, again.stderr
     assert [row["step"] for row in rows_of(tmp_path / "branch")] == [2, 3, 3]
+
+
+def test_experts_train_and_are_continued_on_other_ranks(tmp_path: Path) -> None:
+    cache = f"data.cache={tmp_path}/cache"
+    experts = [*TINY, cache, "memory.enabled=false", "moe.num_experts=4", "moe.ffn_hidden_size=32", "moe.layers=[1,3]"]
+    two = mempar("train", "smoke", *experts, "parallel.ep=2", "--out", f"{tmp_path}/two")
+    assert two.returncode == 0, two.stderr
+    assert "4 experts in each of the blocks 1, 3, 2 on each rank (ep=2)" in two.stdout
+    layout = json.loads((tmp_path / "two" / "layout.json").read_text())
+    assert layout["sizes"]["ep"] == 2
+    assert [rank["groups"]["expert"] for rank in layout["ranks"]] == [[0, 1], [0, 1]]
+    branch = ["--from", f"{tmp_path}/two/checkpoints/step_00000002", "--out", f"{tmp_path}/branch"]
+    again = mempar("train", "smoke", *experts, "train.steps=3", *branch)
+    assert again.returncode == 0, again.stderr
+    rows = {name: rows_of(tmp_path / name) for name in ("two", "branch")}
+    ended, begun = rows["two"][-1]["heldout_loss"], rows["branch"][0]["heldout_loss"]
+    assert begun == pytest.approx(ended, rel=1e-6)

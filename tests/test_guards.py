@@ -210,8 +210,8 @@ def test_initial_values_do_not_depend_on_layout(layout: str, tied: bool, pool: R
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-def block_norms(run: RunConfig) -> list[tuple[bool, Any]]:
-    """For each block whether it is a memory block, and its norm, under a specification such as TransformerEngine's."""
+def block_norms(run: RunConfig) -> list[tuple[Any, Any]]:
+    """For each block its MLP's module and its norm, under a specification such as TransformerEngine's."""
     session = Session(run)
     fused = mcore.get_gpt_layer_local_spec(normalization="RMSNorm")
     # With TransformerEngine the norm before the MLP is part of linear_fc1, and nothing stands in its place.
@@ -222,18 +222,19 @@ def block_norms(run: RunConfig) -> list[tuple[bool, Any]]:
     ):
         blocks = runtime_model._block_specs(run, session.model.transformer, session.model.access, None).layer_specs
     tear_down(session.world)
-    return [
-        (getattr(block.submodules.mlp, "module", None) is MemoryMLP, block.submodules.pre_mlp_layernorm)
-        for block in blocks
-    ]
+    return [(getattr(block.submodules.mlp, "module", None), block.submodules.pre_mlp_layernorm) for block in blocks]
 
 
-def test_memory_blocks_are_normed_where_the_norm_is_fused_into_the_mlp(pool: RankPool) -> None:
-    run = toy_run()
+@pytest.mark.parametrize("kind", ["memory_plus", "moe", "memory_plus+moe"])
+def test_blocks_without_ffn_are_normed_where_the_norm_is_fused_into_it(kind: str, pool: RankPool) -> None:
+    run = toy_run(kind=kind)
     (norms,) = pool.run(1, block_norms, run)
-    assert [is_memory for is_memory, _ in norms] == [block in run.memory.layers for block in range(4)]
-    for is_memory, norm in norms:
-        assert norm is RMSNorm if is_memory else norm == "identity"
+    modules = [module for module, _ in norms]
+    assert [module is MemoryMLP for module in modules] == [block in run.memory_layers for block in range(4)]
+    assert [module.__name__ == "MoELayer" for module in modules] == [block in run.moe_layers for block in range(4)]
+    for block, (_, norm) in enumerate(norms):
+        replaced = block in (*run.memory_layers, *run.moe_layers)
+        assert norm is RMSNorm if replaced else norm == "identity"
 
 
 def table_aliases(run: RunConfig) -> list[str]:

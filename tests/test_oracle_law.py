@@ -47,6 +47,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "peer-adamw-tied-mha-norms-gate": {"kind": "peer", "optimizer": "adamw", "tied": True, "extras": True},
     "beside-row_adam-untied-gqa": {"kind": "beside", "ragged": True},
     "two-row_adam-untied-mha": {"kind": "two"},
+    "moe-untied-mha": {"kind": "moe"},
+    "moe-one-expert-a-token-tied-gqa": {"kind": "moe", "ragged": True, "tied": True, "experts": {"top_k": 1}},
+    "memory_plus+moe-row_adam-untied-gqa": {"kind": "memory_plus+moe", "ragged": True},
 }
 
 
@@ -140,3 +143,19 @@ def test_training_matches_oracle(engine: tuple[History, oracle.Params], note_fig
     )
     note_figure(f"oracle law, {dtype}: change of parameters in {STEPS} steps", max(deviations.values()))
     assert {name: value for name, value in deviations.items() if value > PARAMETER_TOLERANCE[dtype]} == {}
+
+
+def test_balance_loss_matches_oracle(pool: RankPool, note_figure) -> None:
+    # Only its gradient is seen: the loss that is reported is that of the tokens. In float64 it is refused.
+    run = toy_run(kind="moe", micro_batches=3, experts={"aux_loss": 0.5, "layers": (0, 3)})
+    start, stepped = (
+        joined(run, pool.run(1, train, run, steps, None, keep))
+        for steps, keep in ((0, ("parameters",)), (1, ("gradients",)))
+    )
+    loss, gradients, _ = oracle.gradients(torch_params(start.parameters), oracle_batches(run, 0), oracle_config(run))
+    assert stepped.reports[0].loss == pytest.approx(loss.item(), rel=TOLERANCE["float32"], abs=0)
+    deviations = gradient_deviations(
+        stepped.gradients, {name: gradient.numpy() for name, gradient in gradients.items()}
+    )
+    note_figure("oracle law, float32: gradients with balance loss", max(deviations.values()))
+    assert {name: value for name, value in deviations.items() if value > TOLERANCE["float32"]} == {}

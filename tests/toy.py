@@ -24,6 +24,7 @@ from mempar.runtime.config import ModelConfig, OptimConfig, ParallelConfig, RunC
 from mempar.runtime.data import Batch, micro_batches
 from mempar.runtime.logical import LogicalParameter, logical_parameters
 from mempar.runtime.model import Model, build_model
+from mempar.runtime.moe_config import MoeConfig
 from mempar.runtime.optim import Optimizers, RowGradient, StepReport
 from mempar.runtime.slot_trace import SlotTrace, SlotTracer
 from mempar.runtime.step import Stepper
@@ -46,13 +47,15 @@ def toy_run(
     global_batch_size: int = 0,
     recompute: str = "none",
     recompute_modules: tuple[str, ...] = ("mlp",),
+    experts: dict[str, Any] | None = None,
     **parallel: int | bool,
 ) -> RunConfig:
     """Make a toy configuration.
 
     Args:
         kind: `dense`, `memory`, `memory_plus` or `peer`; `beside` is memory_plus beside the FFN; `two` is a memory_plus
-            and a smaller PEER memory in one model.
+            and a smaller PEER memory in one model; `moe` has experts in blocks 1 to 3, `memory+moe`, `memory_plus+moe`
+            and `peer+moe` a memory in blocks 1 and 3 and experts in the others.
         optimizer: of the table.
         tied: whether embeddings are tied.
         ragged: sizes that shards do not divide (S = 169, D = 29 or 32 in tiles of 5, odd sequences) with
@@ -64,6 +67,7 @@ def toy_run(
         global_batch_size: samples of the global batch, whatever `micro_batches` says.
         recompute: what is computed again in backward.
         recompute_modules: of which parts, for `selective`.
+        experts: settings of `moe` that differ from the toy's.
         parallel: sizes of the layout.
     """
     # Sequence parallelism cuts sequences into equal shares.
@@ -81,6 +85,7 @@ def toy_run(
         ),
         memory=replace(toy_memory(kind, optimizer=optimizer, ragged=ragged, extras=extras), merge_duplicates=merge),
         more_memories=() if kind != "two" else (replace(_second_memory(optimizer, ragged), merge_duplicates=merge),),
+        moe=toy_experts(kind, experts or {}),
         train=TrainConfig(
             dtype=dtype,
             seq_length=odd_length if ragged else 16,
@@ -96,12 +101,13 @@ def toy_run(
 
 def toy_memory(kind: str, *, optimizer: str, ragged: bool, extras: bool) -> MemoryConfig:
     """The memory of a toy run; arguments as in `toy_run`."""
+    kind, _, moe = ("dense", "", "moe") if kind == "moe" else kind.partition("+")
     plus = kind in ("dense", "memory_plus", "beside", "two")
     return MemoryConfig(
         enabled=kind != "dense",
         variant="memory_plus" if plus else kind,
         # (1, 3) lie on one stage of pp=2 vpp=2, (1, 2, 3) never do.
-        layers=(1, 2, 3) if plus and kind != "two" else (1, 3),
+        layers=(1, 2, 3) if plus and kind != "two" and not moe else (1, 3),
         beside=kind == "beside",
         num_subkeys=13 if ragged else 12,
         heads=2,
@@ -113,6 +119,12 @@ def toy_memory(kind: str, *, optimizer: str, ragged: bool, extras: bool) -> Memo
         optimizer=optimizer,
         column_tile=5 if ragged else 4,
     )
+
+
+def toy_experts(kind: str, settings: dict[str, Any]) -> MoeConfig:
+    """The experts of a toy run: all blocks but the first, or those without memory."""
+    given = {"num_experts": 4 if kind.endswith("moe") else 0, "layers": (1, 2, 3) if kind == "moe" else ()}
+    return MoeConfig(**{"ffn_hidden_size": 20, **given, **settings})
 
 
 def _second_memory(optimizer: str, ragged: bool) -> MemoryConfig:
@@ -217,7 +229,7 @@ def finalised_gradients(run: RunConfig, model: Model) -> Callable[[LogicalParame
     # The distributed optimizer reduces to shards of each bucket, one a data-parallel rank: gather them.
     whole: dict[Any, Tensor] = {}
     for chunk in model.wrapped:
-        for buffer in chunk.buffers:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             gathered = buffer.grad_data.clone()
             for bucket in buffer.buckets:
                 group = (
@@ -237,8 +249,9 @@ def whole_parameters(
     """Join something of every parameter's shape over the tensor-parallel ranks, by global name."""
     state, tp = mcore.parallel_state, run.parallel.tp
     found = {}
+    tp_rank, ep_rank = state.get_tensor_model_parallel_rank(), state.get_expert_model_parallel_rank()
     for chunk in model.chunks:
-        for logical in logical_parameters(chunk, tp=tp, tp_rank=state.get_tensor_model_parallel_rank()):
+        for logical in logical_parameters(chunk, tp=tp, tp_rank=tp_rank, ep_rank=ep_rank):
             share = tensor_of(logical).detach().contiguous()
             shares = [torch.empty_like(share) for _ in range(tp)]
             dist.all_gather(shares, share, group=state.get_tensor_model_parallel_group())
@@ -314,9 +327,9 @@ def _readable(tensor: Tensor) -> torch.dtype:
 def digests(session: Session) -> dict[str, str]:
     """Digest what other ranks must hold bit for bit alike: data-parallel copies, tied embeddings, shard copies."""
     found = {}
-    tp_rank = session.grid.tp_rank(session.world.rank)
+    tp_rank, ep_rank = (of(session.world.rank) for of in (session.grid.tp_rank, session.grid.expert_rank))
     for chunk in session.model.chunks:
-        for logical in logical_parameters(chunk, tp=session.run.parallel.tp, tp_rank=tp_rank):
+        for logical in logical_parameters(chunk, tp=session.run.parallel.tp, tp_rank=tp_rank, ep_rank=ep_rank):
             place = "" if logical.dim is None else f" of tensor rank {tp_rank}"
             found[logical.name + place] = _digest(logical.param)
     for table in session.model.tables:

@@ -3,7 +3,8 @@
 World ranks follow megatron's default order: tensor fastest, then context, data, pipeline. One
 pipeline stage is a contiguous block of `tp * cp * dp` ranks; the memory-parallel groups are
 contiguous runs of P ranks inside it. Within such a group rows are fastest: member m holds row shard
-`m % R` and column shard `m // R`, so that row shards fall inside a node.
+`m % R` and column shard `m // R`, so that row shards fall inside a node. For experts a stage is cut
+anew: tensor fastest, then expert, then the ranks that hold copies of the same experts.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ class RankGrid:
         tp: tensor-parallel size.
         cp: context-parallel size.
         pp: pipeline-parallel size.
+        ep: expert-parallel size.
         mp: memory-parallel size P.
         mp_rows: row shards R; column shards are P / R.
         mp_hops: hops that sums and output gradients take in a memory-parallel group; two need a grid.
@@ -29,6 +31,7 @@ class RankGrid:
     tp: int = 1
     cp: int = 1
     pp: int = 1
+    ep: int = 1
     mp: int = 1
     mp_rows: int = 1
     mp_hops: int = 1
@@ -42,6 +45,13 @@ class RankGrid:
                 "the data-parallel size must be whole; use a multiple of that number of ranks."
             )
         stage = self.stage_size
+        if self.cp * self.dp % self.ep:
+            choices = ", ".join(str(p) for p in range(1, self.cp * self.dp + 1) if self.cp * self.dp % p == 0)
+            raise ConfigError(
+                f"parallel.ep={self.ep} needs a divisor of the ranks that hold different tokens, but "
+                f"cp*dp = {self.cp}*{self.dp} = {self.cp * self.dp} on {self.world} ranks; use parallel.ep={choices}, "
+                f"or start a multiple of {self.tp * self.ep * self.pp} ranks."
+            )
         if stage % self.mp:
             choices = ", ".join(str(p) for p in range(1, stage + 1) if stage % p == 0)
             raise ConfigError(
@@ -87,6 +97,14 @@ class RankGrid:
     def dp_rank(self, rank: int) -> int:
         """Data-parallel rank of a world rank (context parallelism not counted)."""
         return rank % self.stage_size // (self.tp * self.cp)
+
+    def expert_rank(self, rank: int) -> int:
+        """Position of a world rank in its expert-parallel group: the share of the experts that it holds."""
+        return rank % self.stage_size // self.tp % self.ep
+
+    def expert_dp_rank(self, rank: int) -> int:
+        """Position of a world rank among those that hold the same experts."""
+        return rank % self.stage_size // (self.tp * self.ep)
 
     def memory_rank(self, rank: int) -> int:
         """Position of a world rank in its memory-parallel group: the shard that it holds."""

@@ -15,7 +15,7 @@ from mempar.errors import ConfigError
 from mempar.parallel.groups import MemoryGroups, make_memory_groups
 from mempar.runtime import mcore
 from mempar.runtime.config import RunConfig
-from mempar.runtime.float64 import keep_wide_logits
+from mempar.runtime.float64 import keep_wide_logits, keep_wide_routing
 from mempar.runtime.placement import Placement, place
 
 
@@ -83,11 +83,14 @@ def lay_out(run: RunConfig) -> World:
         sizes.pp,
         sizes.vpp if sizes.vpp > 1 else None,
         context_parallel_size=sizes.cp,
+        expert_model_parallel_size=sizes.ep,
+        expert_tensor_parallel_size=sizes.tp,
     )
     mcore.tensor_parallel.model_parallel_cuda_manual_seed(run.train.seed)
     torch.manual_seed(run.train.seed)
     if run.train.dtype == "float64":
         keep_wide_logits(mcore.VocabParallelCrossEntropy)
+        keep_wide_routing(mcore.moe_router)
     groups, made = None, []
     if run.memories:
         tensor_group: Any = mcore.parallel_state.get_tensor_model_parallel_group() if sizes.tp > 1 else None
@@ -115,3 +118,5 @@ def tear_down(world: World) -> None:
     mcore.parallel_state.destroy_model_parallel()
     # Its cache of angles keeps modules, and with them process groups and their threads, alive.
     mcore.RotaryEmbedding.forward.cache_clear()
+    # So does its record of balance losses with groups.
+    mcore.moe_utils.get_moe_layer_wise_logging_tracker().clear()

@@ -77,6 +77,7 @@ def load(path: Path, world: World, model: Model, optimizers: Optimizers, meta: d
         state: Any = mcore.dist_checkpointing.load(wanted, str(path))
         for place, chunk in enumerate(model.chunks):
             chunk.load_state_dict(state[_chunk_name(model, place)], strict=False)
+        _set_steps(state["optimizer"], optimizers, meta["applied_steps"])
         optimizers.dense.load_state_dict(state["optimizer"])
     for table in model.tables:
         for key, tensor in _table_tensors(table, optimizers).items():
@@ -111,6 +112,12 @@ def _sharded_state(model: Model, optimizers: Optimizers, with_history: list[str]
         for place, chunk in enumerate(model.chunks)
     }
     state["optimizer"] = optimizers.dense.sharded_state_dict(state, is_loading=loading, metadata=metadata)
+    for member in _member_states(state["optimizer"], optimizers):
+        if "fp32_from_fp16_params" in member:
+            # Rank 0's empty list would be saved as what all ranks have in common, and fit no other rank's.
+            member["fp32_from_fp16_params"] = [
+                group or mcore.LocalNonpersistentObject([]) for group in member["fp32_from_fp16_params"]
+            ]
     state["tables"] = {
         key: _table_block(key, tensor, table)
         for table in model.tables
@@ -122,6 +129,26 @@ def _sharded_state(model: Model, optimizers: Optimizers, with_history: list[str]
         if table.memory in with_history
     }
     return state
+
+
+def _member_states(state: dict[Any, Any], optimizers: Optimizers) -> list[dict[str, Any]]:
+    """The states of megatron's optimizers (the experts have one of their own), one by one."""
+    count = len(optimizers.members)
+    return [state] if count == 1 else [state[place] for place in range(count)]
+
+
+def _set_steps(state: dict[Any, Any], optimizers: Optimizers, steps: int) -> None:
+    """Write the number of updates into each optimizer's state.
+
+    Megatron saves what all ranks have in common as rank 0 has it, and the experts' optimizer of a rank
+    without experts has taken no step: Adam would forget its count on all others.
+    """
+    for member in _member_states(state, optimizers):
+        if "param_state" in member:
+            for group in member["optimizer"]["param_groups"]:
+                group["step"] = float(steps)
+        else:
+            member.get("optimizer", member)["state"]["common_step"] = torch.tensor(float(steps))
 
 
 def _table_tensors(table: Table, optimizers: Optimizers) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
+from mempar.runtime.moe_config import MoeConfig, check_experts
 
 DTYPES = ("float64", "float32", "bf16")
 SCHEDULES = ("linear", "cosine", "wsd", "constant")
@@ -85,6 +86,8 @@ class ModelConfig:
 class ParallelConfig:
     """Sizes of the parallel dimensions; what remains of the ranks is data parallel.
 
+    The `ep` ranks over which experts are divided, and the `mp` ranks over which a table is cut, come out of
+    the ranks of one pipeline stage and see different tokens.
     `mp_rows=0` chooses columns or rows by the bytes that they send (see `parallel/cost.py`). `mp_hops=2` reduces
     the sums of a grid over its row shards, inside a node where a node has `mp_rows` ranks, before they cross to
     other column shards. `vpp=0` takes the fewest virtual stages that put all layers of the table on one stage
@@ -95,6 +98,7 @@ class ParallelConfig:
     pp: int = 1
     vpp: int = 1
     cp: int = 1
+    ep: int = 1
     mp: int = 1
     mp_rows: int = 0
     mp_hops: int = 1
@@ -103,7 +107,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         """Check sizes against each other."""
-        _at_least("parallel", self, 1, "tp", "pp", "cp", "mp")
+        _at_least("parallel", self, 1, "tp", "pp", "cp", "ep", "mp")
         _at_least("parallel", self, 0, "vpp", "mp_rows")
         if self.vpp > 1 and self.pp == 1:
             raise ConfigError(
@@ -134,7 +138,7 @@ class ParallelConfig:
     @property
     def smallest_world(self) -> int:
         """The least number of ranks that this layout can run on."""
-        return self.pp * math.lcm(self.tp * self.cp, self.mp)
+        return self.pp * math.lcm(self.tp * self.cp, self.tp * self.ep, self.mp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +276,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(enabled=False))
     more_memories: tuple[MemoryConfig, ...] = ()
+    moe: MoeConfig = field(default_factory=MoeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -293,6 +298,7 @@ class RunConfig:
                 f"blocks {twice} belong to several memories; "
                 "a block reads one memory; change memory.layers or more_memories."
             )
+        check_experts(self)
         self._check_tensor_parallel()
         if self.train.dtype == "float64" and self.parallel.distributed_optimizer:
             raise ConfigError(
@@ -332,6 +338,8 @@ class RunConfig:
             "model.ffn_hidden_size": model.ffn_hidden_size,
             "model.vocab_multiple": model.vocab_multiple,
         }
+        if self.moe.enabled and self.moe.ffn_hidden_size:
+            sizes["moe.ffn_hidden_size"] = self.moe.ffn_hidden_size
         if self.parallel.sequence_parallel:
             sizes["train.seq_length"] = self.train.seq_length
         for name, size in sizes.items():
@@ -351,6 +359,24 @@ class RunConfig:
     def value_dim_of(self, memory: MemoryConfig) -> int:
         """D, the width of a memory's table rows."""
         return memory.value_dim or self.model.hidden_size
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """0-based numbers of the blocks with a memory layer, of whichever memory, ascending."""
+        return tuple(sorted(block for memory in self.memories.values() for block in memory.layers))
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """0-based numbers of the blocks whose FFN is replaced by experts."""
+        if not self.moe.enabled:
+            return ()
+        free = (block for block in range(self.model.num_layers) if block not in self.memory_layers)
+        return self.moe.layers or tuple(free)
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        """F, the width of one expert."""
+        return self.moe.ffn_hidden_size or self.model.ffn_hidden_size
 
     @property
     def value_bytes(self) -> int:

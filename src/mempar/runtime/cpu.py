@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("empty", "zeros", "ones", "tensor", "full", "arange", "empty_like", "zeros_like")
@@ -98,20 +99,65 @@ def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
     return type_name
 
 
+def mend_experts(moe_utils: Any, token_dispatcher: Any, mappings: Any) -> None:
+    """Let mixture-of-experts blocks run without CUDA and TransformerEngine.
+
+    In 0.16.1 the router's product names a function that is defined with TransformerEngine only; numbers
+    of tokens that go to the host as lists do so only from a CUDA tensor; and under tensor parallelism
+    ranks gather and reduce uneven numbers of tokens, which gloo refuses.
+
+    Args:
+        moe_utils: megatron's module of this name.
+        token_dispatcher: likewise.
+        mappings: megatron's module of the collectives of tensor parallelism.
+    """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = on_host
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(
+        part: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(part, group, output_split_sizes, use_global_buffer)
+        whole = part.new_empty((sum(output_split_sizes), *part.shape[1:]))
+        to_all = torch.cat([part] * group.size())
+        dist.all_to_all_single(whole, to_all, output_split_sizes, [len(part)] * group.size(), group=group)
+        return whole
+
+    def reduce_scatter_uneven(
+        whole: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(whole, group, input_split_sizes, use_global_buffer)
+        size, mine = group.size(), input_split_sizes[group.rank()]
+        parts = whole.new_empty((size * mine, *whole.shape[1:]))
+        dist.all_to_all_single(parts, whole.contiguous(), [mine] * size, input_split_sizes, group=group)
+        # In rank order, on every rank.
+        return functools.reduce(torch.add, parts.split(mine)) if mine else parts
+
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
+
+
 def mend_distributed_adam(optimizer_class: Any) -> None:
     """Let the distributed optimizer save and load torch's AdamW, which megatron uses without TE or apex.
 
     In 0.16.1 its moments do not exist before the first step although a checkpoint is laid out from
     them, its `step` is not among the tensors being set, and after loading one `step` tensor is shared
-    by all parameters, so that each of them would advance it.
+    by all parameters, so that each of them would advance it. Where it has no parameters (the experts'
+    on a stage without experts) it cannot be described at all.
 
     Args:
         optimizer_class: megatron's DistributedOptimizer.
     """
-    set_states, sharded_state_dict = (
-        optimizer_class._set_main_param_and_optimizer_states,
-        optimizer_class.sharded_state_dict,
-    )
+    set_states = optimizer_class._set_main_param_and_optimizer_states
+    sharded_state_dict, state_dict = optimizer_class.sharded_state_dict, optimizer_class.state_dict
 
     @torch.no_grad()
     def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
@@ -133,5 +179,14 @@ def mend_distributed_adam(optimizer_class: Any) -> None:
                     }
         return sharded_state_dict(self, *args, **kwargs)
 
+    def state_dict_without_params(self: Any) -> dict[str, Any]:
+        if any(group["params"] for group in self.optimizer.param_groups):
+            return state_dict(self)
+        groups = [{**group, "step": 0.0} for group in self.optimizer.state_dict()["param_groups"]]
+        for group in groups:
+            del group["params"]
+        return {"optimizer": {"param_groups": groups}}
+
+    optimizer_class.state_dict = state_dict_without_params
     optimizer_class._set_main_param_and_optimizer_states = set_states_with_step
     optimizer_class.sharded_state_dict = sharded_state_dict_with_moments

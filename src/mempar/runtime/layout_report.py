@@ -24,7 +24,7 @@ def write_layout(path: Path, world: World, model: Model, optimizers: Optimizers)
     grid = placement.grid
     sizes = {
         name: getattr(grid, name)
-        for name in ("world", "tp", "cp", "pp", "dp", "mp", "mp_rows", "mp_columns", "mp_hops")
+        for name in ("world", "tp", "cp", "pp", "dp", "ep", "mp", "mp_rows", "mp_columns", "mp_hops")
     }
     memories = {
         name: {"stages": memory.stages, "shape": [memory.plan.num_slots, memory.plan.value_dim]}
@@ -41,6 +41,7 @@ def _holdings(world: World, model: Model, optimizers: Optimizers) -> dict[str, A
         "tensor": dist.get_process_group_ranks(state.get_tensor_model_parallel_group()),
         "pipeline": dist.get_process_group_ranks(state.get_pipeline_model_parallel_group()),
         "data": dist.get_process_group_ranks(state.get_data_parallel_group()),
+        "expert": dist.get_process_group_ranks(state.get_expert_model_parallel_group()),
         "memory": _group_of(rank, grid.memory_groups(table_stages)),
         "memory_inside": _group_of(rank, grid.inside_groups(table_stages)),
         "memory_across": _group_of(rank, grid.across_groups(table_stages)),

@@ -1,8 +1,9 @@
 """Logical parameters: one name and one shape for every parameter, whatever the layout.
 
-Megatron names a block by its place in a pipeline stage and holds a tensor-parallel share of it. Here
-a parameter has its global block number in its name and its whole shape, and a share is cut out of it
-or shares are joined to it. Initial values and comparisons between layouts go through this.
+Megatron names a block by its place in a pipeline stage and holds a tensor-parallel share of it. It
+numbers experts from 0 on each rank. Here a parameter has its global block number, and its global expert
+number, in its name and its whole shape, and a share is cut out of it or shares are joined to it. Initial
+values and comparisons between layouts go through this.
 """
 
 import hashlib
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mempar.memory import layer as memory_layer
+
+# Megatron's name of the experts of one rank, which are numbered from 0 on each.
+_EXPERTS = "mlp.experts.local_experts."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +64,23 @@ class LogicalParameter:
         return torch.cat([piece for half in zip(*split, strict=True) for piece in half], self.dim)
 
 
-def logical_parameters(model: Any, *, tp: int, tp_rank: int) -> Iterator[LogicalParameter]:
-    """Walk over the parameters of one chunk of a GPTModel (not wrapped in DDP or Float16Module)."""
-    numbers = {str(place): block.layer_number - 1 for place, block in enumerate(model.decoder.layers)}
+def logical_parameters(model: Any, *, tp: int, tp_rank: int, ep_rank: int = 0) -> Iterator[LogicalParameter]:
+    """Walk over the parameters of one chunk of a GPTModel (not wrapped in DDP or Float16Module).
+
+    Args:
+        model: the chunk.
+        tp: tensor-parallel size, of experts too.
+        tp_rank: this rank's share of split parameters.
+        ep_rank: this rank's share of the experts.
+    """
+    blocks = {str(place): block for place, block in enumerate(model.decoder.layers)}
     for name, param in model.named_parameters():
         if name.startswith("decoder.layers."):
             _, _, place, rest = name.split(".", 3)
-            name = f"decoder.layers.{numbers[place]}.{rest}"
+            if rest.startswith(_EXPERTS):
+                local, rest = rest.removeprefix(_EXPERTS).split(".", 1)
+                rest = f"mlp.experts.{ep_rank * blocks[place].mlp.num_local_experts + int(local)}.{rest}"
+            name = f"decoder.layers.{blocks[place].layer_number - 1}.{rest}"
         elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
             # The last stage's copy of a tied embedding: megatron sums its gradient with the first stage's,
             # but the values start equal only if they are drawn under one name.

@@ -33,12 +33,16 @@ with warnings.catch_warnings():
         get_gpt_layer_with_transformer_engine_spec,
     )
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.optimizer import MegatronOptimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.module import Float16Module, MegatronModule
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import router as moe_router
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -51,6 +55,7 @@ if RUNS_ON_CPU:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     cpu.mend_distributed_adam(DistributedOptimizer)
+    cpu.mend_experts(moe_utils, token_dispatcher, mappings)
 
 HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None and not RUNS_ON_CPU
 
@@ -93,8 +98,11 @@ __all__ = [
     "get_gpt_layer_local_spec",
     "get_gpt_layer_with_transformer_engine_spec",
     "get_megatron_optimizer",
+    "get_moe_module_spec",
     "get_num_layers_to_build",
     "get_transformer_layer_offset",
+    "moe_router",
+    "moe_utils",
     "parallel_state",
     "tensor_parallel",
     "unfused_column_parallel_linear",

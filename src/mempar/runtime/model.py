@@ -1,4 +1,4 @@
-"""The model: megatron's GPT with memory layers in chosen blocks."""
+"""The model: megatron's GPT with memory layers or experts in chosen blocks."""
 
 import copy
 import warnings
@@ -14,6 +14,7 @@ from mempar.runtime import mcore
 from mempar.runtime.blocks import CausalAttention, RMSNorm
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
+from mempar.runtime.experts import expert_module, expert_settings, keep_apart
 from mempar.runtime.in_flight import InFlight
 from mempar.runtime.logical import initial_value, logical_parameters
 from mempar.runtime.memory_mlp import MemoryMLP, MLPWithMemory
@@ -101,6 +102,7 @@ def transformer_config(run: RunConfig) -> Any:
             # Its default says the same thing with a deprecation warning.
             cuda_graph_scope=[],
             **_recomputation(run),
+            **expert_settings(run),
         )
 
 
@@ -118,15 +120,15 @@ def _recomputation(run: RunConfig) -> dict[str, Any]:
 
 
 def _block_specs(run: RunConfig, transformer: Any, access: dict[str, TableAccess], vp_stage: int | None) -> Any:
-    """Megatron's description of this chunk's blocks, memory blocks among them."""
+    """Megatron's description of this chunk's blocks, dense, memory or experts, block by block."""
     dense = _dense_spec()
     memory_of = {block: name for name, memory in run.memories.items() for block in memory.layers}
     first = mcore.get_transformer_layer_offset(transformer, vp_stage)
     count = mcore.get_num_layers_to_build(transformer, vp_stage)
-    specs = [
-        _memory_spec(run, dense, memory_of[block], access) if block in memory_of else dense
-        for block in range(first, first + count)
-    ]
+    chosen = {block: _memory_spec(run, dense, name, access) for block, name in memory_of.items()}
+    if run.moe_layers:
+        chosen |= dict.fromkeys(run.moe_layers, _replacing(dense, expert_module(run)))
+    specs = [chosen.get(block, dense) for block in range(first, first + count)]
     norm: Any = RMSNorm
     return mcore.TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
@@ -143,17 +145,21 @@ def _dense_spec() -> Any:
 
 def _memory_spec(run: RunConfig, dense: Any, name: str, access: dict[str, TableAccess]) -> Any:
     """Describe a block whose feed-forward network is replaced, or accompanied, by a memory layer."""
+    given = {"run": run, "memory": run.memories[name], "access": access[name]}
+    if not run.memories[name].beside:
+        return _replacing(dense, mcore.ModuleSpec(module=MemoryMLP, params=given))
+    submodules = copy.deepcopy(dense.submodules.mlp.submodules)
+    if mcore.HAS_TRANSFORMER_ENGINE:
+        submodules.linear_fc1 = mcore.unfused_column_parallel_linear()
+    return _replacing(dense, mcore.ModuleSpec(module=MLPWithMemory, submodules=submodules, params=given))
+
+
+def _replacing(dense: Any, mlp: Any) -> Any:
+    """Describe a block with something else where a dense one has its MLP."""
     spec = copy.deepcopy(dense)
     # With TransformerEngine the norm is fused into the MLP that is replaced here: name it.
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    given = {"run": run, "memory": run.memories[name], "access": access[name]}
-    if not run.memories[name].beside:
-        spec.submodules.mlp = mcore.ModuleSpec(module=MemoryMLP, params=given)
-        return spec
-    submodules = spec.submodules.mlp.submodules
-    if mcore.HAS_TRANSFORMER_ENGINE:
-        submodules.linear_fc1 = mcore.unfused_column_parallel_linear()
-    spec.submodules.mlp = mcore.ModuleSpec(module=MLPWithMemory, submodules=submodules, params=given)
+    spec.submodules.mlp = mlp
     return spec
 
 
@@ -176,7 +182,12 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     with torch.no_grad():
-        for logical in logical_parameters(chunk, tp=run.parallel.tp, tp_rank=state.get_tensor_model_parallel_rank()):
+        for logical in logical_parameters(
+            chunk,
+            tp=run.parallel.tp,
+            tp_rank=state.get_tensor_model_parallel_rank(),
+            ep_rank=state.get_expert_model_parallel_rank(),
+        ):
             whole = initial_value(
                 logical.name,
                 logical.shape,
@@ -185,6 +196,7 @@ def _build_chunk(
                 num_layers=run.model.num_layers,
             )
             logical.param.copy_(logical.share_of(whole))
+    keep_apart(chunk)
     return chunk
 
 

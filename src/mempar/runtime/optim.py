@@ -150,12 +150,15 @@ class Optimizers:
     def _dense_square_sum(self) -> Tensor:
         """This rank's share of the squared norm; each element of the model is counted once a world."""
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        whole_copy_elsewhere = self.world.placement.grid.dp_rank(self.world.rank) > 0 or (
-            mcore.parallel_state.get_context_parallel_rank() > 0
-        )
-        if whole_copy_elsewhere and not self.run.parallel.distributed_optimizer:
-            return total
+        grid, rank = self.world.placement.grid, self.world.rank
         for member in self.members:
+            # Experts have fewer copies than other parameters: each expert-parallel rank has others.
+            if _is_of_experts(member):
+                copy_elsewhere = grid.expert_dp_rank(rank) > 0
+            else:
+                copy_elsewhere = grid.dp_rank(rank) > 0 or mcore.parallel_state.get_context_parallel_rank() > 0
+            if copy_elsewhere and not self.run.parallel.distributed_optimizer:
+                continue
             for grad in member.get_main_grads_for_grad_norm():
                 total += grad.double().square().sum() if grad.dtype != torch.float64 else grad.square().sum()
         return total
@@ -187,6 +190,11 @@ class Optimizers:
             rows, grads = gradients[table.name]
             grads.mul_(clip_factor(table.config.clip_grad, report.memory_grad_norms[table.memory]))
             self.tables[table.name].update(rows, grads, factor * self.run.values_lr_of(table.config))
+
+
+def _is_of_experts(member: Any) -> bool:
+    """Whether one of megatron's optimizers is that of the experts."""
+    return any(group["is_expert_parallel"] for group in member.param_groups)
 
 
 def clip_factor(limit: float, norm: float) -> float:

@@ -45,12 +45,14 @@ class Placement:
 
     Attributes:
         grid: ranks of every dimension.
-        memories: where each memory's tables lie, by the memory's name; empty for a dense model.
+        memories: where each memory's tables lie, by the memory's name; empty for a model without any.
+        experts: one line that says where experts lie; empty for a model without any.
         num_padding: samples that are computed in a step beside those of the global batch, and do not count.
     """
 
     grid: RankGrid
     memories: dict[str, MemoryPlacement]
+    experts: str = ""
     num_padding: int = 0
 
     @property
@@ -60,11 +62,12 @@ class Placement:
 
     @property
     def reason(self) -> str:
-        """One line that says where the tables lie and why, and what is computed in vain."""
+        """One line that says where the tables and the experts lie and why, and what is computed in vain."""
         reasons = [
             memory.reason if len(self.memories) == 1 else f"{name}: {memory.reason}"
             for name, memory in self.memories.items()
         ]
+        reasons += [self.experts] if self.experts else []
         padding = [f"{self.num_padding} samples of padding a step"] if self.num_padding else []
         return "; ".join((reasons or ["dense model, no table"]) + padding)
 
@@ -113,7 +116,14 @@ def place(config: RunConfig, world: int) -> Placement:
         )
     rows, why = _row_shards(config)
     grid = RankGrid(
-        world=world, tp=sizes.tp, cp=sizes.cp, pp=sizes.pp, mp=sizes.mp, mp_rows=rows, mp_hops=sizes.mp_hops
+        world=world,
+        tp=sizes.tp,
+        cp=sizes.cp,
+        pp=sizes.pp,
+        ep=sizes.ep,
+        mp=sizes.mp,
+        mp_rows=rows,
+        mp_hops=sizes.mp_hops,
     )
     memories = {}
     for name, memory in config.memories.items():
@@ -128,7 +138,8 @@ def place(config: RunConfig, world: int) -> Placement:
         merge, how = _merging(memory, plan)
         reason = f"{_where(config, memory.layers, stages, grid.dp)}; {why}{how}"
         memories[name] = MemoryPlacement(stages=stages, plan=plan, merge=merge, reason=reason)
-    return Placement(grid=grid, memories=memories, num_padding=plan_batch(config, grid.dp).num_padding)
+    num_padding = plan_batch(config, grid.dp).num_padding
+    return Placement(grid=grid, memories=memories, experts=_experts(config), num_padding=num_padding)
 
 
 def resolve(config: RunConfig, world: int) -> RunConfig:
@@ -217,3 +228,11 @@ def _where(config: RunConfig, layers: tuple[int, ...], stages: tuple[int, ...], 
         return f"{copies}, nor at any vpp"
     padding = plan_batch(config.with_parallel(vpp=vpp), dp).num_padding
     return f"{copies}; they would at parallel.vpp={vpp}" + (f", with {padding} samples of padding" if padding else "")
+
+
+def _experts(config: RunConfig) -> str:
+    moe, ep = config.moe, config.parallel.ep
+    if not moe.enabled:
+        return ""
+    blocks = ", ".join(map(str, config.moe_layers))
+    return f"{moe.num_experts} experts in each of the blocks {blocks}, {moe.num_experts // ep} on each rank (ep={ep})"

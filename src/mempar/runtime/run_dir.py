@@ -23,6 +23,7 @@ _IDENTITY = {
     "model": None,
     # What is watched does not change what is trained.
     "memory": tuple(setting.name for setting in dataclasses.fields(MemoryConfig) if setting.name != "usage_interval"),
+    "moe": None,
     "optim": None,
     "train": ("seed", "global_batch_size", "seq_length", "dtype"),
     "data": ("corpus", "paths", "weights", "tokenizer"),
@@ -44,6 +45,7 @@ _SHAPES = {
         "qk_norm",
         "scalar_gate",
     ),
+    "moe": ("num_experts", "ffn_hidden_size", "layers"),
 }
 
 

@@ -1,7 +1,8 @@
 """Counting parameters and FLOPs from the configuration alone.
 
 FLOPs count matrix products (a multiply and an add are two), three times the forward pass for
-training; reading table rows is bandwidth, not FLOPs, so values never count.
+training; reading table rows is bandwidth, not FLOPs, so values never count, and of experts those that
+a token is not sent to do not.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,11 @@ def model_size(run: RunConfig, vocab_size: int) -> ModelSize:
     norms = (2 * model.num_layers + 1) * width
     feed_forward = 3 * width * model.ffn_hidden_size
     embeddings = vocab * width * (1 if model.tie_embeddings else 2)
-    dense_layers = model.num_layers
+    num_moe = len(run.moe_layers)
+    dense_layers = model.num_layers - num_moe
+    router, expert = width * run.moe.num_experts, 3 * width * run.expert_ffn_hidden_size
+    chosen = num_moe * (router + run.moe.top_k * expert)
+    idle = num_moe * (run.moe.num_experts - run.moe.top_k) * expert
     layers = multiplied = tables = reads = 0
     for memory in run.memories.values():
         count, tables_of, value_dim = len(memory.layers), len(memory.table_names), run.value_dim_of(memory)
@@ -46,12 +51,12 @@ def model_size(run: RunConfig, vocab_size: int) -> ModelSize:
         multiplied += count * products
         tables += tables_of * memory.num_slots * value_dim
         reads += count * tables_of * memory.heads * memory.top_k * value_dim
-    dense = embeddings + norms + model.num_layers * attention + dense_layers * feed_forward + layers
+    dense = embeddings + norms + model.num_layers * attention + dense_layers * feed_forward + layers + chosen
     # The embedding is a lookup; the output projection multiplies it whole.
-    products = model.num_layers * attention + dense_layers * feed_forward + multiplied + vocab * width
+    products = model.num_layers * attention + dense_layers * feed_forward + multiplied + chosen + vocab * width
     scores = model.num_layers * 2 * width * run.train.seq_length // 2
     return ModelSize(
-        total_params=dense + tables,
+        total_params=dense + idle + tables,
         active_params=dense + reads,
         memory_params=tables,
         flops_per_token=6 * (products + scores),
