@@ -73,6 +73,7 @@ def _row_digests(name: str, block: Tensor, row_start: int, column_start: int) ->
     for first in range(0, len(flat), rows_at_once):
         part = flat[first : first + rows_at_once]
         row = torch.arange(row_start + first, row_start + first + len(part), device=block.device)
+        # Not in place below: of 8-byte elements these are the very bits of the block.
         bits = part.contiguous().view(bits_dtype).to(torch.int64)
         position = mix(row.mul_(GOLDEN_GAMMA).add_(key))[:, None] + column[None, :]
-        yield first, mix(bits.mul_(_BITS_FACTOR).add_(position)).sum(1)
+        yield first, mix((bits * _BITS_FACTOR).add_(position)).sum(1)

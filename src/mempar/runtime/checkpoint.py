@@ -43,6 +43,7 @@ def save(path: Path, run: RunConfig, world: World, model: Model, optimizers: Opt
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    _make_moments(optimizers)
     with _quiet():
         mcore.dist_checkpointing.save(
             _sharded_state(model, optimizers, loading=False),
@@ -84,6 +85,23 @@ def prune(checkpoints: Path, keep: int) -> None:
     whole = sorted(path for path in checkpoints.glob("step_????????") if (path / "meta.json").is_file())
     for path in whole[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _make_moments(optimizers: Optimizers) -> None:
+    """Give parameters that were never stepped the state of step 0, which torch's Adam makes in its first step.
+
+    Without it a checkpoint written before any step was applied would lack tensors that loading asks for.
+    """
+    for member in optimizers.members:
+        if not isinstance(member.optimizer, torch.optim.Adam):
+            continue
+        for param in (param for group in member.optimizer.param_groups for param in group["params"]):
+            if not member.optimizer.state[param]:
+                member.optimizer.state[param] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
 
 
 def _chunk_name(model: Model, place: int) -> str:
