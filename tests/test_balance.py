@@ -11,7 +11,7 @@ from mempar.dims import TableSlice
 from mempar.memory.balance import BalanceMeter, balanced
 from mempar.memory.config import MemoryConfig
 from mempar.memory.layer import MemoryLayer
-from mempar.memory.lookup import LocalReader
+from mempar.memory.lookup import LocalReader, Readers
 from mempar.memory.values import ValueShard
 from rank_pool import RankPool
 from toy import joined, toy_run, train
@@ -61,8 +61,8 @@ def test_meter_weighs_lookups_by_tokens_and_forgets() -> None:
     meter = BalanceMeter()
     meter.add(torch.tensor(2.0), 3)
     meter.add(torch.tensor(4.0), 1)
-    assert meter.take(torch.device("cpu")).tolist() == [10.0, 4.0]
-    assert meter.take(torch.device("cpu")).tolist() == [0.0, 0.0]
+    assert meter.take(torch.zeros(2)).tolist() == [10.0, 4.0]
+    assert meter.take(torch.zeros(2)).tolist() == [0.0, 0.0]
 
 
 def layer_gradients(coefficient: float) -> tuple[MemoryLayer, dict[str, Tensor]]:
@@ -74,7 +74,7 @@ def layer_gradients(coefficient: float) -> tuple[MemoryLayer, dict[str, Tensor]]
     part = TableSlice(num_slots=25, value_dim=12, row_start=0, row_end=25, column_start=0, column_end=12)
     shard = ValueShard(part, seed=1, dtype=torch.float64, device=torch.device("cpu"))
     x = torch.randn(9, 12, dtype=torch.float64)
-    layer(x, LocalReader(shard)).sum().backward()
+    layer(x, Readers(values=LocalReader(shard))).sum().backward()
     if coefficient:
         slot_index, weight = layer.choose(x)
         extra = coefficient * len(x) * dense_loss(weight, slot_index, 5)
@@ -91,7 +91,7 @@ def test_layer_adds_the_gradient_to_queries_and_keys() -> None:
     for name, module in (("keys", "keys"), ("query", "query.weight")):
         found = layer.get_parameter(module).grad - plain.get_parameter(module).grad
         torch.testing.assert_close(found, extra[name], rtol=1e-9, atol=1e-13)
-    assert layer.balance.take(torch.device("cpu"))[1] == 9
+    assert layer.balance.take(torch.zeros(2))[1] == 9
     assert plain.balance.totals is None
     with torch.no_grad():
         layer(
@@ -120,7 +120,7 @@ def coverage(pool: RankPool, coefficient: float, world_size: int, **layout: Any)
         if step == STEPS - 1
         for slot in slots.flat
     }
-    return len(read), [report.balance_loss for report in history.reports]
+    return len(read), [report.balance_losses["memory"] for report in history.reports]
 
 
 STEPS = 30

@@ -50,25 +50,29 @@ def corrupt_and_check(run: RunConfig, where: int, what: str) -> tuple[bool, str]
     for step in range(2):
         session.step(step)
     world, model, optimizers = session.world, session.model, session.optimizers
-    before = (
-        [tensor.clone() for tensor in (model.table.values, *optimizers.table.state.values())] if model.table else []
-    )
-    copies.check_copies(world, model, optimizers)
-    after = [model.table.values, *optimizers.table.state.values()] if model.table else []
-    unchanged = all(map(torch.equal, before, after))
+    tensors = [
+        tensor
+        for table in model.tables
+        for tensor in (table.shard.values, *optimizers.tables[table.name].state.values())
+    ]
+    before = [tensor.clone() for tensor in tensors]
+    copies.check_copies(run, model, optimizers, 1000)
+    unchanged = all(map(torch.equal, before, tensors))
     if world.rank == where:
         if what == "exp_avg_sq":
             # The last bit of one number.
-            optimizers.table.state[what].view(torch.int32)[5, 2] ^= 1
+            optimizers.tables["memory.values"].state[what].view(torch.int32)[5, 2] ^= 1
         elif what == "values":
-            model.table.values[7:9, 0] += 1.0
+            model.tables[-1].shard.values[7:9, 0] += 1.0
         else:
             for logical in logical_parameters(model.chunks[0], tp=1, tp_rank=0):
                 if logical.name == what:
                     logical.param.data[3, 1] += 1.0
     said = ""
+    # It is not the turn of anything.
+    copies.check_copies(run, model, optimizers, 1001)
     try:
-        copies.check_copies(world, model, optimizers)
+        copies.check_copies(run, model, optimizers, 2000)
     except MemparError as error:
         said = str(error)
     bringup.tear_down(world)
@@ -85,6 +89,13 @@ CASES: dict[str, tuple[int, RunConfig, int, str, str]] = {
         r"memory\.exp_avg_sq from slot 77 on, between ranks \[1\] and \[3\]",
     ),
     "stage copy": (2, toy_run(pp=2), 1, "values", r"memory\.values from slot 7 on, between ranks \[0\] and \[1\]"),
+    "second memory": (
+        2,
+        toy_run(kind="two", mp=1),
+        1,
+        "values",
+        r"memory1\.down from slot 7 on, between ranks \[0\] and \[1\]",
+    ),
     "majority": (
         3,
         toy_run(micro_batches=3, optimizer="adamw"),
@@ -108,4 +119,4 @@ def test_one_changed_element_of_one_copy_is_named_on_every_rank(case: str, pool:
     seen = pool.run(world_size, corrupt_and_check, run, where, what)
     for unchanged, said in seen:
         assert unchanged
-        assert re.match(rf"copies differ: {message}\. They are updated alike", said), said
+        assert re.match(rf"copies differ after step 2000: {message}\. They are updated alike", said), said

@@ -12,7 +12,7 @@ from torch import Tensor
 from mempar.runtime import bringup, divergence
 from mempar.runtime.config import RunConfig
 from mempar.runtime.logical import logical_parameters
-from mempar.runtime.optim import StepReport
+from mempar.runtime.optim import RowGradient, StepReport
 from rank_pool import RankPool
 from toy import Session, batches_of, toy_run
 
@@ -38,8 +38,9 @@ def snapshot(session: Session) -> list[Tensor]:
     for member in optimizers.members:
         for main, state in member.optimizer.state.items():
             tensors += [main.detach(), *(value for value in state.values() if isinstance(value, Tensor))]
-    if model.table is not None and optimizers.table is not None:
-        tensors += [model.table.values, *optimizers.table.state.values(), torch.tensor(optimizers.table.step)]
+    for table in model.tables:
+        optimizer = optimizers.tables[table.name]
+        tensors += [table.shard.values, *optimizer.state.values(), torch.tensor(optimizer.step)]
     return [tensor.clone() for tensor in tensors]
 
 
@@ -47,8 +48,7 @@ def spoil(session: Session, what: str) -> Callable[[], None]:
     """Make the next step of this rank not finite; returns what heals it."""
     model, stepper = session.model, session.stepper
     if what == "record":
-        table = model.table
-        assert table is not None
+        table = model.tables[0].shard
         take = table.take_gradient
 
         def spoiled() -> tuple[Tensor, Tensor]:
@@ -85,14 +85,14 @@ def skip_a_step(run: RunConfig, what: str, where: int) -> dict[str, Any]:
     before = snapshot(session)
     heal = spoil(session, what) if session.world.rank == where else lambda: None
 
-    def inspect(report: StepReport, rows: Tensor | None, grads: Tensor | None) -> None:
-        named.extend(divergence.name_not_finite(session.optimizers, rows, grads))
+    def inspect(report: StepReport, gradients: dict[str, RowGradient]) -> None:
+        named.extend(divergence.name_not_finite(session.optimizers, gradients))
 
     grid = session.grid
     batches = batches_of(run, 1, dp_rank=grid.dp_rank(session.world.rank), dp=grid.dp)
     reports.append(session.stepper.train(batches, 1.0, inspect))
     untouched = all(map(torch.equal, before, snapshot(session)))
-    records = 0 if session.model.table is None else session.model.table.record_bytes
+    records = sum(table.shard.record_bytes for table in session.model.tables)
     heal()
     reports.append(session.step(1))
     bringup.tear_down(session.world)
@@ -125,12 +125,11 @@ def test_step_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(fault: str, 
     if what == "record":
         assert len(named) == 1
         # The records of a token: the slots that it read in this shard, on both holders of the shard.
-        assert named[0].startswith("table rows ")
-        assert named[0].endswith("(on ranks 1, 3)")
+        assert re.fullmatch(r"rows .* of memory\.values \(on ranks 1, 3\)", named[0])
         slots = re.findall(r"\d+", named[0].partition("(")[0])
         assert slots and all(72 <= int(slot) < 144 for slot in slots)
     elif what == "loss":
-        assert len(named) == divergence.NUM_NAMED + 2
+        assert len(named) == divergence.NUM_NAMED + 2, named
         assert "more parameters" in named[divergence.NUM_NAMED]
     else:
         assert named == [f"{what} (on rank 1)"]
@@ -153,11 +152,11 @@ def spoiled_gradients(run: RunConfig, grown: str, factor: float, slot: int) -> l
 
     session.model.transformer.finalize_model_grads_func = finalize_and_grow
 
-    def inspect(report: StepReport, rows: Tensor | None, grads: Tensor | None) -> None:
-        assert rows is not None and grads is not None and session.model.table is not None
-        place = (rows + session.model.table.part.row_start == slot).nonzero().flatten()
-        grads[place] = 1000.0
-        named.extend(divergence.name_diverged(session.optimizers, rows, grads))
+    def inspect(report: StepReport, gradients: dict[str, RowGradient]) -> None:
+        for table in session.model.tables:
+            rows, grads = gradients[table.name]
+            grads[rows + table.shard.part.row_start == slot] = 1000.0
+        named.extend(divergence.name_diverged(session.optimizers, gradients))
 
     grid = session.grid
     batches = batches_of(run, 0, dp_rank=grid.dp_rank(session.world.rank), dp=grid.dp)
@@ -184,4 +183,4 @@ def test_what_diverged_is_named(world_size: int, layout: dict[str, Any], pool: R
     assert 100.0 < growth[0] < 5000.0
     assert growth[1] < 10.0
     # 24 columns of 1000, whatever shards they lie on.
-    assert named[-1].startswith(f"table rows 77 (gradient {1000.0 * 24**0.5:.3g}), ")
+    assert named[-1].startswith(f"memory.values: rows 77 (gradient {1000.0 * 24**0.5:.3g}), ")

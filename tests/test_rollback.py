@@ -86,7 +86,7 @@ def test_rollback_is_the_run_that_never_saw_the_spike(
         "step": 6, "event": "rollback", "spike_step": 8, "spike_began": 8, "rollbacks": 1, "next_sample": 96
     }  # fmt: skip
     assert event["spike_loss"] > 2.0 * event["median_loss"]
-    assert any(phrase.startswith("table rows ") for phrase in event["diverged"])
+    assert any(phrase.startswith("memory.values: rows ") for phrase in event["diverged"])
     assert rows.index(event) == 6
     directory = RunDir(tmp_path / "run")
     assert [path.name[-2:] for path in sorted(directory.checkpoints.iterdir())] == ["03", "06", "09", "11"]

@@ -19,7 +19,9 @@ def judge(losses: list[float], settings: TrainConfig = SETTINGS) -> list[Spike]:
     progress, found = Progress(), []
     for loss in losses:
         applied = math.isfinite(loss)
-        report = StepReport(loss=loss, grad_norm=1.0, memory_grad_norm=0.0, tokens=7, applied=applied)
+        report = StepReport(
+            loss=loss, grad_norm=1.0, memory_grad_norms={}, tokens=7, applied=applied, balance_losses={}
+        )
         spike = find_spike(settings, progress, report)
         found += [spike] if spike is not None else []
         progress.advance(applied=applied, loss=loss, tokens=7, samples=12, window=settings.spike_window)

@@ -45,8 +45,10 @@ def save(path: Path, run: RunConfig, world: World, model: Model, optimizers: Opt
     dist.barrier()
     _make_moments(optimizers)
     with _quiet():
+        state = _sharded_state(model, optimizers, loading=False)
+        _name_step_zero(state["optimizer"])
         mcore.dist_checkpointing.save(
-            _sharded_state(model, optimizers, loading=False),
+            state,
             str(partial),
             # One file a rank.
             sharded_strategy=mcore.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
@@ -102,6 +104,15 @@ def _make_moments(optimizers: Optimizers) -> None:
                     "exp_avg": torch.zeros_like(param),
                     "exp_avg_sq": torch.zeros_like(param),
                 }
+
+
+def _name_step_zero(state: Any) -> None:
+    """Note the step that megatron leaves out of its optimizers' state while it is 0, and misses when it loads."""
+    if isinstance(state, dict):
+        if "param_groups" in state and state.get("state"):
+            state["state"].setdefault("common_step", torch.tensor(0.0))
+        for part in state.values():
+            _name_step_zero(part)
 
 
 def _chunk_name(model: Model, place: int) -> str:

@@ -18,10 +18,11 @@ from mempar.dims import even_cuts
 from mempar.errors import MemparError
 from mempar.memory.digest import digest, digest_bands
 from mempar.runtime import mcore
-from mempar.runtime.bringup import World
+from mempar.runtime.config import RunConfig
 from mempar.runtime.logical import logical_parameters
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
+from mempar.runtime.tables import Table
 
 # Bands in which a differing row is looked for at a time: two rounds for a million rows.
 _NUM_BANDS = 1024
@@ -31,28 +32,42 @@ _NUM_NAMED = 5
 Share = Callable[[Tensor], Tensor]
 
 
-def check_copies(world: World, model: Model, optimizers: Optimizers) -> None:
-    """Compare all copies; every rank must call it, at the same step.
+def check_copies(run: RunConfig, model: Model, optimizers: Optimizers, step: int) -> None:
+    """Compare the copies whose turn it is after a step; every rank must call it.
+
+    A table's turn comes at its memory's `check_interval`, that of dense parameters at `memory.check_interval`.
 
     Raises:
         MemparError: on every rank, naming ranks, tensors and the first row in which they differ.
     """
-    differences = _dense_differences(model, optimizers) + _table_differences(world, model, optimizers)
-    found: list[Any] = [None] * world.size
+    due = {name for name, memory in run.memories.items() if is_due(memory.check_interval, step)}
+    dense_due = is_due(run.memory.check_interval, step)
+    if not due and not dense_due:
+        return
+    differences = _dense_differences(run, model) if dense_due else []
+    for table in model.tables:
+        if table.memory in due:
+            differences += _table_differences(table, optimizers)
+    found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, differences)
     # Every member of a group tells the same.
     told = list(dict.fromkeys(text for texts in found for text in texts))
     if told:
         more = f"; and {len(told) - _NUM_NAMED} more" if len(told) > _NUM_NAMED else ""
         raise MemparError(
-            f"copies differ: {'; '.join(told[:_NUM_NAMED])}{more}. They are updated alike and must stay bit for bit "
-            "equal: a device or its memory computed wrongly, or this is an error in mempar; check the machines of "
-            "these ranks, and resume from a checkpoint written while the copies agreed."
+            f"copies differ after step {step}: {'; '.join(told[:_NUM_NAMED])}{more}. They are updated alike and must "
+            "stay bit for bit equal: a device or its memory computed wrongly, or this is an error in mempar; check the "
+            "machines of these ranks, and resume from a checkpoint written while the copies agreed."
         )
 
 
-def _dense_differences(model: Model, optimizers: Optimizers) -> list[str]:
-    state, tp = mcore.parallel_state, optimizers.run.parallel.tp
+def is_due(interval: int, step: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return interval > 0 and step % interval == 0
+
+
+def _dense_differences(run: RunConfig, model: Model) -> list[str]:
+    state, tp = mcore.parallel_state, run.parallel.tp
     parameters = [
         (logical.name, logical.param)
         for chunk in model.chunks
@@ -78,18 +93,18 @@ def _over_group(tensors: Mapping[str, Tensor], group: Any) -> list[str]:
     return _differences(tensors, ranks, share, "row", 0)
 
 
-def _table_differences(world: World, model: Model, optimizers: Optimizers) -> list[str]:
-    if model.table is None or optimizers.table is None or world.groups is None:
+def _table_differences(table: Table, optimizers: Optimizers) -> list[str]:
+    copies = table.copies
+    if copies.process_group is None:
         return []
-    copies = world.groups.copies
-    ranks = next(ranks for ranks in world.placement.grid.copy_groups() if world.rank in ranks)
 
     def share(mine: Tensor) -> Tensor:
         return copies.share(mine, [len(mine)] * copies.size, "copy_check").view(copies.size, len(mine))
 
-    tensors = {"memory.values": model.table.values}
-    tensors |= {f"memory.{name}": tensor for name, tensor in optimizers.table.state.items()}
-    return _differences(tensors, ranks, share, "slot", model.table.part.row_start)
+    tensors = {table.name: table.shard.values}
+    tensors |= {f"{table.name}.{name}": tensor for name, tensor in optimizers.tables[table.name].state.items()}
+    ranks = dist.get_process_group_ranks(copies.process_group)
+    return _differences(tensors, ranks, share, "slot", table.shard.part.row_start)
 
 
 def _differences(

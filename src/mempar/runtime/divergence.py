@@ -18,49 +18,53 @@ from mempar.parallel.collectives import MemberGroup
 from mempar.runtime import mcore
 from mempar.runtime.bringup import World
 from mempar.runtime.logical import logical_parameters
-from mempar.runtime.optim import Optimizers
+from mempar.runtime.optim import Optimizers, RowGradient
+from mempar.runtime.tables import Table
 
 # Names in a message, of parameters and of rows each.
 NUM_NAMED = 5
 
 
-def name_not_finite(optimizers: Optimizers, rows: Tensor | None, row_grads: Tensor | None) -> list[str]:
+def name_not_finite(optimizers: Optimizers, gradients: dict[str, RowGradient]) -> list[str]:
     """Name parameters and table rows whose gradients hold infinities or NaN.
 
     Args:
         optimizers: of this rank, with the gradients of the step.
-        rows: `[U] int32`, touched rows of this rank's shard; None without one.
-        row_grads: `[U, D_j]`.
+        gradients: of the tables on this rank, by their names.
 
     Returns:
         A few phrases, equal on all ranks: parameters in alphabetical order with the ranks on which they are
-        not finite, then slots in ascending order.
+        not finite, then slots of each table in ascending order.
     """
     parameters = [
         name for name, param in _named_parameters(optimizers) if not bool(torch.isfinite(param.main_grad).all())
     ]
-    slots: list[int] = []
-    table = optimizers.model.table
-    if table is not None and rows is not None and row_grads is not None:
-        finite = torch.cat([block.isfinite().all(-1) for block in row_grads.split(4096)])
-        slots = (rows[~finite].long() + table.part.row_start).tolist()
-    found = _gather(optimizers.world, (parameters, slots[:NUM_NAMED], len(slots)))
+    bad_rows: dict[str, list[int]] = {}
+    for table in optimizers.model.tables:
+        rows, grads = gradients[table.name]
+        finite = torch.cat([block.isfinite().all(-1) for block in grads.split(4096)])
+        bad = rows[~finite][: NUM_NAMED + 1].long() + table.shard.part.row_start
+        if len(bad):
+            bad_rows[table.name] = bad.tolist()
+    found = _gather(optimizers.world, (parameters, bad_rows))
     where: dict[str, list[int]] = {}
-    for rank, (names, _, _) in enumerate(found):
+    slots_of: dict[str, tuple[set[int], list[int]]] = {}
+    for rank, (names, rows_of) in enumerate(found):
         for name in names:
             where.setdefault(name, []).append(rank)
+        for name, bad in rows_of.items():
+            slots, holders = slots_of.setdefault(name, (set(), []))
+            slots.update(bad)
+            holders.append(rank)
     phrases = [f"{name} (on {_ranks(ranks)})" for name, ranks in sorted(where.items())[:NUM_NAMED]]
     phrases += [f"{len(where) - NUM_NAMED} more parameters"] if len(where) > NUM_NAMED else []
-    named = sorted({slot for _, first, _ in found for slot in first})[:NUM_NAMED]
-    if named:
-        holders = [rank for rank, (_, first, _) in enumerate(found) if first]
-        more = max(count for _, _, count in found) > len(named)
-        slot_list = ", ".join(map(str, named)) + (" and more" if more else "")
-        phrases.append(f"table rows {slot_list} (on {_ranks(holders)})")
+    for name, (slots, holders) in sorted(slots_of.items()):
+        listed = ", ".join(map(str, sorted(slots)[:NUM_NAMED])) + (" and more" if len(slots) > NUM_NAMED else "")
+        phrases.append(f"rows {listed} of {name} (on {_ranks(holders)})")
     return phrases
 
 
-def name_diverged(optimizers: Optimizers, rows: Tensor | None, row_grads: Tensor | None) -> list[str]:
+def name_diverged(optimizers: Optimizers, gradients: dict[str, RowGradient]) -> list[str]:
     """Name the parameters whose gradient grew most, and the table rows with the largest gradient.
 
     A parameter's growth is the norm of its gradient in this step, before clipping, over the norm of its
@@ -72,13 +76,15 @@ def name_diverged(optimizers: Optimizers, rows: Tensor | None, row_grads: Tensor
 
     Args:
         optimizers: as in `name_not_finite`.
-        rows: as in `name_not_finite`.
-        row_grads: as in `name_not_finite`.
+        gradients: as in `name_not_finite`.
 
     Returns:
         A few phrases, equal on all ranks, the worst first.
     """
-    found = _gather(optimizers.world, (_squares(optimizers), _largest_rows(optimizers, rows, row_grads)))
+    largest_rows = {
+        table.name: _largest_rows(optimizers, table, *gradients[table.name]) for table in optimizers.model.tables
+    }
+    found = _gather(optimizers.world, (_squares(optimizers), largest_rows))
     shares = {key: squares for parameters, _ in found for key, squares in parameters.items()}
     squares: dict[str, tuple[float, float]] = {}
     for (name, _), (now, typical) in sorted(shares.items()):
@@ -91,10 +97,11 @@ def name_diverged(optimizers: Optimizers, rows: Tensor | None, row_grads: Tensor
     }
     worst = sorted(growth.items(), key=lambda item: (-item[1][0], item[0]))[:NUM_NAMED]
     phrases = [f"{name} (gradient {norm:.3g}, {ratio:.3g} times its typical one)" for name, (ratio, norm) in worst]
-    norms = {slot: norm for _, largest in found for slot, norm in largest}
-    best = sorted(norms.items(), key=lambda item: (-item[1], item[0]))[:NUM_NAMED]
-    if best:
-        phrases.append("table rows " + ", ".join(f"{slot} (gradient {norm:.3g})" for slot, norm in best))
+    for name in dict.fromkeys(name for _, largest in found for name in largest):
+        norms = {slot: norm for _, largest in found for slot, norm in largest.get(name, [])}
+        best = sorted(norms.items(), key=lambda item: (-item[1], item[0]))[:NUM_NAMED]
+        if best:
+            phrases.append(f"{name}: rows " + ", ".join(f"{slot} (gradient {norm:.3g})" for slot, norm in best))
     return phrases
 
 
@@ -153,15 +160,13 @@ def _split_parameters(optimizers: Optimizers) -> Iterator[Any]:
         yield from (param for param in chunk.parameters() if getattr(param, "tensor_model_parallel", False))
 
 
-def _largest_rows(optimizers: Optimizers, rows: Tensor | None, row_grads: Tensor | None) -> list[tuple[int, float]]:
+def _largest_rows(optimizers: Optimizers, table: Table, rows: Tensor, grads: Tensor) -> list[tuple[int, float]]:
     """Slots of this rank's rows with the largest gradients over all columns, and their norms."""
-    table, groups = optimizers.model.table, optimizers.world.groups
-    if table is None or groups is None or rows is None or row_grads is None:
-        return []
-    blocks = [block.double().square().sum(-1) for block in row_grads.split(4096)]
-    squares = _sum_over_columns(torch.cat(blocks), table.part, groups.memory)
-    best, place = squares.topk(min(NUM_NAMED, len(squares)))
-    slots = rows[place].long() + table.part.row_start
+    groups, part = optimizers.world.groups, table.shard.part
+    assert groups is not None
+    squares = torch.cat([block.double().square().sum(-1) for block in grads.split(4096)])
+    best, place = _sum_over_columns(squares, part, groups.memory).topk(min(NUM_NAMED, len(squares)))
+    slots = rows[place].long() + part.row_start
     return list(zip(slots.tolist(), best.sqrt().tolist(), strict=True))
 
 

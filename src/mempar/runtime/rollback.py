@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from mempar.errors import MemparError
 from mempar.runtime import checkpoint
@@ -22,7 +21,7 @@ from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
 from mempar.runtime.divergence import name_diverged, name_not_finite
 from mempar.runtime.model import Model
-from mempar.runtime.optim import Optimizers, StepReport
+from mempar.runtime.optim import Optimizers, RowGradient, StepReport
 from mempar.runtime.progress import Progress
 from mempar.runtime.run_dir import RunDir, read_meta
 from mempar.runtime.spikes import Spike, find_spike
@@ -52,14 +51,14 @@ class Watch:
             return False
         return self._agree(self.directory.latest_checkpoint()) is None
 
-    def inspect(self, report: StepReport, rows: Tensor | None, row_grads: Tensor | None) -> None:
+    def inspect(self, report: StepReport, gradients: dict[str, RowGradient]) -> None:
         """Judge a step before it is applied; an `Inspector`, called on every rank."""
         self.spike = find_spike(self.run.train, self.progress, report)
         self.named = []
         if not report.applied:
-            self.named = name_not_finite(self.optimizers, rows, row_grads)
+            self.named = name_not_finite(self.optimizers, gradients)
         elif self.spike is not None:
-            self.named = name_diverged(self.optimizers, rows, row_grads)
+            self.named = name_diverged(self.optimizers, gradients)
 
     def roll_back(self) -> Path | None:
         """Go back to the last good checkpoint if the last step spiked and that is what to do; every rank must call it.

@@ -70,8 +70,7 @@ class Trainer:
                 continue
             step = self.progress.step
             last = step == train.steps
-            if self.run.memory.check_interval and step % self.run.memory.check_interval == 0:
-                check_copies(self.world, self.model, self.optimizers)
+            check_copies(self.run, self.model, self.optimizers, step)
             if train.heldout_interval and step % train.heldout_interval == 0 and not last:
                 self._heldout()
             if (train.save_interval and step % train.save_interval == 0) or last:
