@@ -65,46 +65,38 @@ def test_meter_weighs_lookups_by_tokens_and_forgets() -> None:
     assert meter.take(torch.zeros(2)).tolist() == [0.0, 0.0]
 
 
-def layer_gradients(coefficient: float) -> tuple[MemoryLayer, dict[str, Tensor]]:
+def make_readers() -> Readers:
+    part = TableSlice(num_slots=25, value_dim=12, row_start=0, row_end=25, column_start=0, column_end=12)
+    return Readers(
+        values=LocalReader(ValueShard(part, seed=1, number=0, dtype=torch.float64, device=torch.device("cpu")))
+    )
+
+
+def make_layer(coefficient: float) -> MemoryLayer:
     torch.manual_seed(3)
     config = MemoryConfig(layers=(0,), num_subkeys=5, heads=2, top_k=3, key_dim=8, balance_loss=coefficient)
     layer = MemoryLayer(config, 12, 1e-5).double()
     for param in layer.parameters():
         torch.nn.init.normal_(param, std=0.3)
-    part = TableSlice(num_slots=25, value_dim=12, row_start=0, row_end=25, column_start=0, column_end=12)
-    shard = ValueShard(part, seed=1, dtype=torch.float64, device=torch.device("cpu"))
-    x = torch.randn(9, 12, dtype=torch.float64)
-    layer(x, Readers(values=LocalReader(shard))).sum().backward()
-    if coefficient:
-        slot_index, weight = layer.choose(x)
-        extra = coefficient * len(x) * dense_loss(weight, slot_index, 5)
-        return layer, {
-            name: torch.autograd.grad(extra, param, retain_graph=True)[0]
-            for name, param in (("keys", layer.keys), ("query", layer.query.weight))
-        }
-    return layer, {}
+    return layer
 
 
 def test_layer_adds_the_gradient_to_queries_and_keys() -> None:
-    plain, _ = layer_gradients(0.0)
-    layer, extra = layer_gradients(0.5)
-    for name, module in (("keys", "keys"), ("query", "query.weight")):
-        found = layer.get_parameter(module).grad - plain.get_parameter(module).grad
-        torch.testing.assert_close(found, extra[name], rtol=1e-9, atol=1e-13)
-    assert layer.balance.take(torch.zeros(2))[1] == 9
+    plain, layer = make_layer(0.0), make_layer(0.5)
+    x = torch.randn(9, 12, dtype=torch.float64)
+    for each in (plain, layer):
+        each(x, make_readers()).sum().backward()
+    slot_index, weight = plain.choose(x)
+    extra = 0.5 * len(x) * dense_loss(weight, slot_index, 5)
+    for name in ("keys", "query.weight"):
+        found = layer.get_parameter(name).grad - plain.get_parameter(name).grad
+        (expected,) = torch.autograd.grad(extra, plain.get_parameter(name), retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+    totals = layer.balance.take(torch.zeros(2))
+    torch.testing.assert_close(totals, torch.stack((extra.detach() / 0.5, torch.tensor(9.0, dtype=torch.float64))))
     assert plain.balance.totals is None
     with torch.no_grad():
-        layer(
-            torch.randn(4, 12, dtype=torch.float64),
-            LocalReader(
-                ValueShard(
-                    TableSlice(num_slots=25, value_dim=12, row_start=0, row_end=25, column_start=0, column_end=12),
-                    seed=1,
-                    dtype=torch.float64,
-                    device=torch.device("cpu"),
-                )
-            ),
-        )
+        layer(x, make_readers())
     assert layer.balance.totals is None
 
 
@@ -129,7 +121,6 @@ STEPS = 30
 def test_balance_loss_spreads_the_reads_of_a_toy_run(pool: RankPool) -> None:
     without, silent = coverage(pool, 0.0, 1)
     spread, losses = coverage(pool, 0.3, 2, tp=2, mp=2)
-    print(without, spread, losses)
     assert silent == [0.0] * STEPS
     assert losses[0] > 1.0
     assert losses[-1] < losses[0]

@@ -86,7 +86,7 @@ CASES: dict[str, tuple[int, RunConfig, int, str, str]] = {
         toy_run(mp=2, mp_rows=2),
         3,
         "exp_avg_sq",
-        r"memory\.exp_avg_sq from slot 77 on, between ranks \[1\] and \[3\]",
+        r"memory\.values\.exp_avg_sq from slot 77 on, between ranks \[1\] and \[3\]",
     ),
     "stage copy": (2, toy_run(pp=2), 1, "values", r"memory\.values from slot 7 on, between ranks \[0\] and \[1\]"),
     "second memory": (

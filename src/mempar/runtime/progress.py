@@ -56,7 +56,8 @@ class Progress:
         return asdict(self)
 
     def restore(self, meta: dict[str, Any]) -> None:
-        """Take over what a checkpoint's description says."""
+        """Take over what a checkpoint's description says; one from before a counter was kept says nothing of it."""
+        fresh = asdict(Progress())
         for name in (item.name for item in fields(self)):
-            setattr(self, name, meta[name])
-        self.losses = [(step, loss) for step, loss in meta["losses"]]
+            setattr(self, name, meta.get(name, fresh[name]))
+        self.losses = [(step, loss) for step, loss in self.losses]
