@@ -39,6 +39,9 @@ class MemoryConfig:
         clip_grad: limit of the gradient norm of the values alone; 0 turns it off.
         merge_duplicates: whether reads of a token that chose the same slot (in different heads) travel as one:
             `auto` (where that pays, see `parallel/cost.py`), `on` or `off`.
+        balance_loss: coefficient of the loss that asks for even reads (see balance.py); 0 turns it off.
+        check_interval: steps between two comparisons of copies that must be bit for bit equal (of the table
+            between its replicas and stages, of dense parameters between data-parallel ranks); 0 never compares.
         column_tile: width of the unit in which columns are cut and row statistics are kept.
         usage_interval: steps between reports of how the table is used (coverage, dead slots, skew, entropy of the
             heads); 0 never counts anything.
@@ -62,6 +65,8 @@ class MemoryConfig:
     merge_duplicates: str = "auto"
     column_tile: int = 128
     usage_interval: int = 100
+    balance_loss: float = 0.0
+    check_interval: int = 1000
 
     def __post_init__(self) -> None:
         """Check every setting that does not depend on the rest of the run."""
@@ -95,10 +100,11 @@ class MemoryConfig:
                 f"memory.layers={list(self.layers)} must be distinct and ascending; "
                 "write each block once, lowest first."
             )
-        for name in ("value_dim", "lr", "clip_grad"):
+        for name in ("value_dim", "lr", "clip_grad", "balance_loss", "check_interval"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(
-                    f"memory.{name}={getattr(self, name)} must be a number of at least 0; 0 takes its default."
+                    f"memory.{name}={getattr(self, name)} must be a number of at least 0; 0 takes its default or "
+                    "turns it off."
                 )
         if self.usage_interval < 0:
             raise ConfigError(

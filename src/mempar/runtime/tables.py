@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mempar.memory.balance import BalanceMeter
 from mempar.memory.config import MemoryConfig
 from mempar.memory.layer import SlotHook
 from mempar.memory.lookup import LocalReader, Readers, RowReader, SilentReader
@@ -56,6 +57,7 @@ class TableAccess:
         readers: where rows come from.
         in_flight: which micro-batch is looked up.
         member_dp_ranks: data-parallel rank of every member of the memory-parallel group.
+        balance: the balance losses of its layers' lookups.
         hook_factory: called with (block, positions, pass) before every lookup; recording or replaying slot
             choices in tests and studies. A layer that is computed again in backward calls it again.
         tally: counts the lookups of a training step that is watched; None in all others.
@@ -65,6 +67,7 @@ class TableAccess:
         self.readers = readers
         self.in_flight = in_flight
         self.member_dp_ranks = member_dp_ranks
+        self.balance = BalanceMeter()
         self.hook_factory: HookFactory | None = None
         self.tally: LookupTally | None = None
         self._value_dim = value_dim

@@ -1,45 +1,27 @@
 """The training loop: from a laid-out world and a run's directory to a trained model on disk."""
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mempar.runtime import checkpoint
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
+from mempar.runtime.copies import check_copies
 from mempar.runtime.data import Samples, micro_batches
 from mempar.runtime.heldout import Heldout
 from mempar.runtime.layout_report import write_layout
 from mempar.runtime.metrics import MetricsLog, Terminal, peak_flops
 from mempar.runtime.model import build_model
 from mempar.runtime.optim import Optimizers, StepReport
+from mempar.runtime.progress import Progress
+from mempar.runtime.rollback import Watch
 from mempar.runtime.run_dir import RunDir, read_meta
 from mempar.runtime.schedule import lr_factor
 from mempar.runtime.size import model_size
 from mempar.runtime.step import Stepper
 from mempar.runtime.tokenizer import vocab_size
 from mempar.runtime.usage import UsageMonitor, usage_lines
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """What changes from step to step and is saved with a checkpoint.
-
-    Attributes:
-        step: steps done, applied or skipped; the data position is `step * global_batch_size` samples.
-        applied_steps: optimizer updates applied.
-        tokens: unmasked tokens seen.
-    """
-
-    step: int = 0
-    applied_steps: int = 0
-    tokens: int = 0
-
-    @property
-    def skipped(self) -> int:
-        """Steps that were not finite."""
-        return self.step - self.applied_steps
 
 
 class Trainer:
@@ -65,15 +47,16 @@ class Trainer:
         if load is not None:
             meta = read_meta(load, run)
             checkpoint.load(load, world, self.model, self.optimizers, meta)
-            self.progress = Progress(**{name: meta[name] for name in ("step", "applied_steps", "tokens")})
+            self.progress.restore(meta)
             # A history that was not saved begins here.
             since = dict.fromkeys(run.memories, self.progress.step) | meta.get(checkpoint.HISTORY_SINCE, {})
         self.usage = UsageMonitor(run, world, self.model, self.optimizers, since)
+        self.watch = Watch(run, world, directory, self.model, self.optimizers, self.progress)
         write_layout(directory.layout, world, self.model, self.optimizers)
         self.terminal: Terminal | None = None
         self.log: MetricsLog | None = None
         if world.is_main:
-            self.log = MetricsLog(directory.metrics, first_step=self.progress.step)
+            self.log = MetricsLog(directory.metrics, first_step=self.progress.step, rollbacks=self.progress.rollbacks)
             self.terminal = Terminal(
                 total_steps=run.train.steps, first_step=self.progress.step, interval=run.train.log_interval
             )
@@ -84,10 +67,15 @@ class Trainer:
         self._announce()
         if self.progress.step < train.steps:
             self._heldout(yardsticks=True)
+            if self.watch.needs_checkpoint:
+                self.save()
         while self.progress.step < train.steps:
             self._step()
+            if self._went_back():
+                continue
             step = self.progress.step
             last = step == train.steps
+            check_copies(self.run, self.model, self.optimizers, step)
             if train.heldout_interval and step % train.heldout_interval == 0 and not last:
                 self._heldout()
             if (train.save_interval and step % train.save_interval == 0) or last:
@@ -99,8 +87,7 @@ class Trainer:
         """Write a checkpoint of the present step and drop the oldest; every rank must call it."""
         path = self.directory.checkpoint(self.progress.step)
         started = time.monotonic()
-        meta = {**vars(self.progress), "samples": self.progress.step * self.run.train.global_batch_size}
-        meta[checkpoint.HISTORY_SINCE] = self.usage.since
+        meta = {**self.progress.meta(), checkpoint.HISTORY_SINCE: self.usage.since}
         checkpoint.save(path, self.run, self.world, self.model, self.optimizers, meta)
         if self.world.is_main:
             checkpoint.prune(self.directory.checkpoints, self.run.train.keep_checkpoints)
@@ -114,7 +101,7 @@ class Trainer:
         batches = micro_batches(
             self.samples,
             self.run,
-            progress.step * train.global_batch_size,
+            progress.samples,
             count=train.global_batch_size,
             dp_rank=grid.dp_rank(self.world.rank),
             dp=grid.dp,
@@ -122,13 +109,36 @@ class Trainer:
         )
         factor = lr_factor(self.run.optim, progress.step, train.steps)
         self.usage.watch(progress.step + 1)
-        report = self.stepper.train(batches, factor)
-        progress.step += 1
+        report = self.stepper.train(batches, factor, self.watch.inspect)
+        progress.advance(
+            applied=report.applied,
+            loss=report.loss,
+            tokens=report.tokens,
+            samples=train.global_batch_size,
+            window=train.spike_window if train.spike_factor else 0,
+        )
         usage = self.usage.report(progress.step)
-        progress.applied_steps += report.applied
-        progress.tokens += report.tokens
         if self.world.is_main:
             self._record(report, factor, time.monotonic() - started, usage)
+
+    def _went_back(self) -> bool:
+        """Tell of a spike and roll back if that is what to do; every rank must call it."""
+        spike = self.watch.spike
+        if spike is None:
+            return False
+        self._say(f"spike: {spike}{self.watch.suspects}")
+        if self.log is not None:
+            self.log.write(self.watch.event("spike", spike))
+        good = self.watch.roll_back()
+        if good is None:
+            return False
+        step, rollbacks = self.progress.step, self.progress.rollbacks
+        self._say(f"rollback {rollbacks}: back to {good.name}, on with sample {self.progress.samples}")
+        if self.log is not None:
+            self.log.cut(step, rollbacks - 1)
+            event = self.watch.event("rollback", spike)
+            self.log.write({**event, "rollbacks": rollbacks, "next_sample": self.progress.samples})
+        return True
 
     def _record(self, report: StepReport, factor: float, seconds: float, usage: dict[str, float]) -> None:
         assert self.log is not None and self.terminal is not None
@@ -144,9 +154,14 @@ class Trainer:
         for name, memory in self.run.memories.items():
             row[f"{name}_grad_norm"] = report.memory_grad_norms[name]
             row[f"{name}_lr"] = factor * self.run.values_lr_of(memory)
+            if memory.balance_loss:
+                row[f"{name}_balance_loss"] = report.balance_losses[name]
         if self.progress.skipped:
             row["skipped_steps"] = self.progress.skipped
         row.update(usage)
+        if not report.applied:
+            row["not_finite"] = self.watch.named
+            self._say(f"step {self.progress.step} is skipped: its loss or gradient is not finite{self.watch.suspects}")
         self.log.write(row)
         peak = peak_flops(self.run.train.peak_tflops)
         flops = model_size(self.run, vocab_size(self.run)).flops_per_token * row["tokens_per_s"]
