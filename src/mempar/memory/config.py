@@ -36,6 +36,9 @@ class MemoryConfig:
         lr: peak learning rate of the values; 0 means ten times the dense one.
         weight_decay: decoupled decay of the values; negative means the dense one.
         clip_grad: limit of the gradient norm of the values alone; 0 turns it off.
+        balance_loss: coefficient of the loss that asks for even reads (see balance.py); 0 turns it off.
+        check_interval: steps between two comparisons of copies that must be bit for bit equal (of the table
+            between its replicas and stages, of dense parameters between data-parallel ranks); 0 never compares.
         column_tile: width of the unit in which columns are cut and row statistics are kept.
     """
 
@@ -55,6 +58,8 @@ class MemoryConfig:
     weight_decay: float = -1.0
     clip_grad: float = 1.0
     column_tile: int = 128
+    balance_loss: float = 0.0
+    check_interval: int = 1000
 
     def __post_init__(self) -> None:
         """Check every setting that does not depend on the rest of the run."""
@@ -83,10 +88,11 @@ class MemoryConfig:
                 f"memory.layers={list(self.layers)} must be distinct and ascending; "
                 "write each block once, lowest first."
             )
-        for name in ("value_dim", "lr", "clip_grad"):
+        for name in ("value_dim", "lr", "clip_grad", "balance_loss", "check_interval"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(
-                    f"memory.{name}={getattr(self, name)} must be a number of at least 0; 0 takes its default."
+                    f"memory.{name}={getattr(self, name)} must be a number of at least 0; 0 takes its default or "
+                    "turns it off."
                 )
         if not -math.inf < self.weight_decay < math.inf:
             raise ConfigError(f"memory.weight_decay={self.weight_decay} must be finite; a negative one takes optim's.")

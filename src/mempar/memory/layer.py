@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mempar.kernels.product_topk import product_topk
+from mempar.memory.balance import BalanceMeter, balanced
 from mempar.memory.config import MemoryConfig
 from mempar.memory.lookup import Readers
 
@@ -36,6 +37,7 @@ class MemoryLayer(nn.Module):
         super().__init__()
         self.config = config
         self.norm_epsilon = norm_epsilon
+        self.balance = BalanceMeter()
         self.query = nn.Linear(model_dim, config.heads * config.key_dim)
         self.keys = nn.Parameter(torch.empty(config.heads, 2, config.num_subkeys, config.half_key_dim))
         if config.qk_norm:
@@ -86,6 +88,10 @@ class MemoryLayer(nn.Module):
         slot_index, weight = self.choose(x, replayed)
         if hook is not None:
             hook(slot_index)
+        # Under recomputation a lookup runs twice, of which the pass with gradients counts.
+        if self.config.balance_loss and torch.is_grad_enabled():
+            weight, loss = balanced(weight, slot_index, self.config.num_subkeys, self.config.balance_loss)
+            self.balance.add(loss, len(x))
         slot_index, weight = slot_index.flatten(1), weight.flatten(1)
         if self.config.variant == "peer":
             assert readers.down is not None

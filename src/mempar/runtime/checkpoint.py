@@ -43,9 +43,12 @@ def save(path: Path, run: RunConfig, world: World, model: Model, optimizers: Opt
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    _make_moments(optimizers)
     with _quiet():
+        state = _sharded_state(model, optimizers, loading=False)
+        _name_step_zero(state["optimizer"])
         mcore.dist_checkpointing.save(
-            _sharded_state(model, optimizers, loading=False),
+            state,
             str(partial),
             # One file a rank.
             sharded_strategy=mcore.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
@@ -84,6 +87,32 @@ def prune(checkpoints: Path, keep: int) -> None:
     whole = sorted(path for path in checkpoints.glob("step_????????") if (path / "meta.json").is_file())
     for path in whole[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _make_moments(optimizers: Optimizers) -> None:
+    """Give parameters that were never stepped the state of step 0, which torch's Adam makes in its first step.
+
+    Without it a checkpoint written before any step was applied would lack tensors that loading asks for.
+    """
+    for member in optimizers.members:
+        if not isinstance(member.optimizer, torch.optim.Adam):
+            continue
+        for param in (param for group in member.optimizer.param_groups for param in group["params"]):
+            if not member.optimizer.state[param]:
+                member.optimizer.state[param] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+
+
+def _name_step_zero(state: Any) -> None:
+    """Note the step that megatron leaves out of its optimizers' state while it is 0, and misses when it loads."""
+    if isinstance(state, dict):
+        if "param_groups" in state and state.get("state"):
+            state["state"].setdefault("common_step", torch.tensor(0.0))
+        for part in state.values():
+            _name_step_zero(part)
 
 
 def _chunk_name(model: Model, place: int) -> str:

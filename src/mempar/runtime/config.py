@@ -11,6 +11,7 @@ from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
 
 DTYPES = ("float64", "float32", "bf16")
+SPIKE_ACTIONS = ("report", "rollback")
 SCHEDULES = ("linear", "cosine", "wsd", "constant")
 
 
@@ -160,6 +161,11 @@ class TrainConfig:
     """Length, batch, precision and intervals of a run; intervals are in steps, 0 means never.
 
     `micro_batch_size=0` takes the largest that the layout allows (see placement.py).
+
+    A step spikes when its loss exceeds `spike_factor` (0: never) times the median of the last `spike_window`
+    losses, or when it is the last of `spike_skips` steps in a row that were not finite (see spikes.py).
+    `spike_action` then is `report`, or `rollback`: the run goes back to the checkpoint before the spike and on
+    with the data after it, at most `spike_max_rollbacks` times.
     """
 
     steps: int = 100
@@ -173,6 +179,11 @@ class TrainConfig:
     log_interval: int = 1
     heldout_interval: int = 0
     heldout_samples: int = 0
+    spike_factor: float = 0.0
+    spike_window: int = 100
+    spike_skips: int = 5
+    spike_action: str = "report"
+    spike_max_rollbacks: int = 3
     peak_tflops: float = 0.0
     collective_timeout: int = 600
 
@@ -182,11 +193,36 @@ class TrainConfig:
         _at_least("train", self, 1, "global_batch_size", "seq_length", "log_interval")
         _at_least("train", self, 1, "keep_checkpoints", "collective_timeout")
         _at_least("train", self, 0, "steps", "seed", "save_interval", "heldout_interval", "heldout_samples")
-        _at_least("train", self, 0, "micro_batch_size")
+        _at_least("train", self, 0, "micro_batch_size", "spike_factor")
+        _at_least("train", self, 1, "spike_window", "spike_skips", "spike_max_rollbacks")
+        _one_of("train", self, "spike_action", SPIKE_ACTIONS)
+        self._check_spikes()
         if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"train.global_batch_size={self.global_batch_size} is not a multiple of train.micro_batch_size="
                 f"{self.micro_batch_size}; a batch is made of whole micro-batches; change one of them."
+            )
+
+    def _check_spikes(self) -> None:
+        if 0 < self.spike_factor <= 1:
+            raise ConfigError(
+                f"train.spike_factor={self.spike_factor} would call every other step a spike; it multiplies the median "
+                "loss; use a number above 1, or 0 to turn it off."
+            )
+        if self.spike_action != "rollback":
+            return
+        if not self.spike_factor or not self.save_interval:
+            raise ConfigError(
+                f"train.spike_action=rollback with train.spike_factor={self.spike_factor} and train.save_interval="
+                f"{self.save_interval}; a rollback needs spikes to be looked for and checkpoints to go back to; set "
+                "both, or train.spike_action=report."
+            )
+        kept_steps = self.save_interval * (self.keep_checkpoints - 1)
+        if self.spike_skips - 1 > kept_steps:
+            raise ConfigError(
+                f"train.spike_skips={self.spike_skips} steps may outlast train.keep_checkpoints="
+                f"{self.keep_checkpoints} checkpoints at train.save_interval={self.save_interval}: the last one before "
+                f"the spike would be deleted when it is found; keep more checkpoints, or use at most {kept_steps + 1}."
             )
 
 

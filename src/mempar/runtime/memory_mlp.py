@@ -19,6 +19,7 @@ class MemoryMLP(MemoryLayer):
         super().__init__(memory, run.model.hidden_size, run.model.norm_epsilon)
         self.to(config.params_dtype)
         self.access = access
+        self.balance = access.balance
         self.block = -1
         for param in self.parameters():
             # Dense parts see a share of the sequence: megatron sums these gradients over tensor ranks.

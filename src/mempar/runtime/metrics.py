@@ -1,10 +1,11 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard, a line on the terminal.
 
-Only the main rank writes. Numbers in metrics.jsonl keep full precision; a held-out loss is
-`heldout_loss`, never `loss`.
+Only the main rank writes. Numbers in metrics.jsonl keep full precision, and one that is not finite is
+null; a held-out loss is `heldout_loss`, never `loss`. A row with `event` says what happened at a step.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,29 +22,46 @@ _PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "GH
 class MetricsLog:
     """Writes the numbers of a run."""
 
-    def __init__(self, path: Path, *, first_step: int) -> None:
+    def __init__(self, path: Path, *, first_step: int, rollbacks: int = 0) -> None:
         """Open the log of a run.
 
         Args:
             path: metrics.jsonl; rows of steps after `first_step` are cut off.
             first_step: steps done so far.
+            rollbacks: rollbacks so far; the events of later ones, which a resumed run comes to again, are cut off.
         """
+        self._path = path
+        self._open(first_step, rollbacks)
+
+    def cut(self, step: int, rollbacks: int) -> None:
+        """Forget the steps after `step`, and events of rollbacks after the first `rollbacks`."""
+        self.close()
+        self._open(step, rollbacks)
+
+    def _open(self, step: int, rollbacks: int) -> None:
         # tensorboard's import costs a second: only the rank that writes pays it.
         from torch.utils.tensorboard import SummaryWriter
 
-        kept = [row for row in read_rows(path) if row["step"] <= first_step] if path.exists() else []
+        path = self._path
+        kept = read_rows(path) if path.exists() else []
+        kept = [row for row in kept if row["step"] <= step and row.get("rollbacks", 0) <= rollbacks]
         # Rewritten aside, so that a crash here loses nothing.
         fresh = path.with_suffix(".partial")
         fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
         fresh.replace(path)
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(path.parent), purge_step=first_step + 1 if first_step else None)
+        self._board = SummaryWriter(str(path.parent), purge_step=step + 1 if step else None)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one object; it has a `step`."""
-        self._file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
+        # JSON has no infinities and no NaN.
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        for name, value in finite.items():
+            if name != "step" and isinstance(value, int | float) and "event" not in row:
                 self._board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ go into one reduction over the world, every rank sees the same numbers and so sk
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ class StepReport:
         memory_grad_norms: norm of the gradient of each memory's tables before clipping, by its name.
         tokens: unmasked tokens.
         applied: False when a number was not finite and the step was skipped.
+        balance_losses: mean of the balance losses of each memory's lookups, before the coefficient, by its name; 0
+            where it is off.
     """
 
     loss: float
@@ -39,6 +42,7 @@ class StepReport:
     memory_grad_norms: dict[str, float]
     tokens: int
     applied: bool
+    balance_losses: dict[str, float]
 
     @property
     def memory_grad_norm(self) -> float:
@@ -48,6 +52,9 @@ class StepReport:
 
 # Touched rows [U] int32 of a shard, ascending, and their gradients [U, D_j].
 RowGradient = tuple[Tensor, Tensor]
+# Looks at a step's numbers and at the tables' gradients by their names, on every rank, before they are clipped and
+# applied or dropped.
+Inspector = Callable[[StepReport, dict[str, RowGradient]], None]
 
 
 class Optimizers:
@@ -95,13 +102,14 @@ class Optimizers:
         return list(getattr(self.dense, "chained_optimizers", [self.dense]))
 
     @torch.no_grad()
-    def step(self, factor: float, num_tokens: Tensor, loss_sum: Tensor) -> StepReport:
+    def step(self, factor: float, num_tokens: Tensor, loss_sum: Tensor, inspect: Inspector | None = None) -> StepReport:
         """Apply the gradients of one global batch.
 
         Args:
             factor: share of the peak learning rates.
             num_tokens: unmasked tokens of the global batch, as left by megatron's finalisation.
             loss_sum: `[] float64`, sum of this rank's token losses; zero off the last stage.
+            inspect: called in between, when all numbers are known and nothing is changed yet.
 
         Returns:
             The step's numbers, equal on all ranks.
@@ -109,24 +117,37 @@ class Optimizers:
         self.dense.prepare_grads()
         tokens = int(num_tokens)
         gradients = self._table_gradients(tokens)
-        sums = torch.stack([loss_sum, self._dense_square_sum(), *self._table_square_sums(gradients)])
+        dense, dense_rest = self._dense_squares()
+        memories, memory_rest = self._table_squares(gradients)
+        own = torch.stack([loss_sum, dense, dense_rest, *memories, memory_rest])
+        sums = torch.cat([own, (~torch.isfinite(own)).sum()[None], self._balance_totals()])
         # One reduction carries the loss and every norm: a number that is not finite anywhere reaches
         # every rank, and no rank returns before the others.
         dist.all_reduce(sums)
-        loss, dense_square, *memory_squares = sums.tolist()
-        finite = bool(torch.isfinite(sums).all())
+        loss, dense_square, _, *memory_squares = sums[: len(own) - 1].tolist()
+        names = list(self.run.memories)
         report = StepReport(
             loss=loss / max(1, tokens),
             grad_norm=dense_square**0.5,
-            memory_grad_norms={
-                name: square**0.5 for name, square in zip(self.run.memories, memory_squares, strict=True)
-            },
+            memory_grad_norms={name: square**0.5 for name, square in zip(names, memory_squares, strict=True)},
             tokens=tokens,
-            applied=finite,
+            # A sum of finite numbers may overflow.
+            applied=bool(torch.isfinite(sums).all()) and not sums[len(own)],
+            balance_losses=dict(zip(names, _means(sums[len(own) + 1 :].tolist()), strict=True)),
         )
-        if finite:
+        if inspect is not None:
+            inspect(report, gradients)
+        if report.applied:
             self._apply(factor, report, gradients)
         return report
+
+    def _balance_totals(self) -> Tensor:
+        """`[2 * memories] float64`: each memory's balance losses on this rank, weighted by tokens, and its tokens."""
+        none = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        access = self.model.access
+        return torch.cat(
+            [none[:0], *(access[name].balance.take(none) if name in access else none for name in self.run.memories)]
+        )
 
     def _table_gradients(self, tokens: int) -> dict[str, RowGradient]:
         """Reduce deposits by row, sum them over copies, scale them as the dense gradient was."""
@@ -136,27 +157,39 @@ class Optimizers:
             gradients[table.name] = (rows, grads.div_(max(1, tokens)))
         return gradients
 
-    def _dense_square_sum(self) -> Tensor:
-        """This rank's share of the squared norm; each element of the model is counted once a world."""
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+    def _dense_squares(self) -> tuple[Tensor, Tensor]:
+        """This rank's share of the squared norm, each element of the model once a world; and what is left of its own.
+
+        The rest are copies of what other ranks count. It is computed for its being finite: a copy that went
+        wrong on this rank alone would otherwise be applied.
+        """
+        counted = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        rest = torch.zeros_like(counted)
         whole_copy_elsewhere = self.world.placement.grid.dp_rank(self.world.rank) > 0 or (
             mcore.parallel_state.get_context_parallel_rank() > 0
         )
-        if whole_copy_elsewhere and not self.run.parallel.distributed_optimizer:
-            return total
         for member in self.members:
-            for grad in member.get_main_grads_for_grad_norm():
-                total += grad.double().square().sum() if grad.dtype != torch.float64 else grad.square().sum()
-        return total
+            once = member.get_main_grads_for_grad_norm()
+            if whole_copy_elsewhere and not self.run.parallel.distributed_optimizer:
+                once = []
+            once_ids = {id(grad) for grad in once}
+            for grad in (param.grad for param in member.get_parameters() if param.grad is not None):
+                square = grad.double().square().sum()
+                if id(grad) in once_ids:
+                    counted += square
+                else:
+                    rest += square
+        return counted, rest
 
-    def _table_square_sums(self, gradients: dict[str, RowGradient]) -> list[Tensor]:
-        """This rank's share of the squared norm of each memory's tables; each shard is counted once."""
+    def _table_squares(self, gradients: dict[str, RowGradient]) -> tuple[list[Tensor], Tensor]:
+        """The same for each memory's tables: one of the copies of a shard counts."""
         totals = {name: torch.zeros((), dtype=torch.float64, device=self.world.device) for name in self.run.memories}
+        rest = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for table in self.model.tables:
-            if table.copies.rank == 0:
-                for block in gradients[table.name][1].split(4096):
-                    totals[table.memory] += block.double().square().sum()
-        return list(totals.values())
+            total = totals[table.memory] if table.copies.rank == 0 else rest
+            for block in gradients[table.name][1].split(4096):
+                total += block.double().square().sum()
+        return list(totals.values()), rest
 
     def _apply(self, factor: float, report: StepReport, gradients: dict[str, RowGradient]) -> None:
         scale = clip_factor(self.run.optim.clip_grad, report.grad_norm)
@@ -176,6 +209,11 @@ class Optimizers:
             rows, grads = gradients[table.name]
             grads.mul_(clip_factor(table.config.clip_grad, report.memory_grad_norms[table.memory]))
             self.tables[table.name].update(rows, grads, factor * self.run.values_lr_of(table.config))
+
+
+def _means(totals: list[float]) -> list[float]:
+    """Means from pairs of a sum and a count."""
+    return [total / max(1.0, count) for total, count in zip(totals[::2], totals[1::2], strict=True)]
 
 
 def clip_factor(limit: float, norm: float) -> float:

@@ -14,19 +14,20 @@ import json
 from pathlib import Path
 
 from mempar.errors import CheckpointError, ConfigError
+from mempar.memory.config import MemoryConfig
 from mempar.runtime.config import RunConfig
 from mempar.runtime.overrides import load_yaml, to_yaml
 
 # What must be equal for a run to be the same run: the model, the numbers it is trained with, its data.
-_IDENTITY = {
+_IDENTITY: dict[str, tuple[str, ...] | None] = {
     "model": None,
-    "memory": None,
+    "memory": tuple(item.name for item in dataclasses.fields(MemoryConfig) if item.name != "check_interval"),
     "optim": None,
     "train": ("seed", "global_batch_size", "seq_length", "dtype"),
     "data": ("corpus", "paths", "weights", "tokenizer"),
 }
 # What a checkpoint's tensors depend on.
-_SHAPES = {
+_SHAPES: dict[str, tuple[str, ...] | None] = {
     "model": None,
     "memory": (
         "enabled",
@@ -57,10 +58,10 @@ class RunDir:
         """Directory of the checkpoint after `step` steps."""
         return self.checkpoints / f"step_{step:08d}"
 
-    def latest_checkpoint(self) -> Path | None:
-        """The checkpoint of the highest step; None when there is none."""
+    def latest_checkpoint(self, before: int | None = None) -> Path | None:
+        """The checkpoint of the highest step, below `before` where that is given; None when there is none."""
         whole = [path for path in self.checkpoints.glob("step_????????") if (path / "meta.json").is_file()]
-        return max(whole, default=None)
+        return max((path for path in whole if before is None or path < self.checkpoint(before)), default=None)
 
 
 def open_new(root: Path, run: RunConfig) -> RunDir:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mempar.memory.balance import BalanceMeter
 from mempar.memory.config import MemoryConfig
 from mempar.memory.layer import SlotHook
 from mempar.memory.lookup import LocalReader, Readers, RowReader, SilentReader
@@ -51,6 +52,7 @@ class TableAccess:
     Attributes:
         readers: where rows come from.
         num_members: ranks of the memory-parallel group.
+        balance: the balance losses of its layers' lookups.
         hook_factory: called with (block, sequence length, batch) before every lookup; recording or
             replaying slot choices in tests and studies.
     """
@@ -58,6 +60,7 @@ class TableAccess:
     def __init__(self, readers: Readers, num_members: int, value_dim: int) -> None:
         self.readers = readers
         self.num_members = num_members
+        self.balance = BalanceMeter()
         self.hook_factory: HookFactory | None = None
         self._value_dim = value_dim
 

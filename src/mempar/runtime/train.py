@@ -1,44 +1,26 @@
 """The training loop: from a laid-out world and a run's directory to a trained model on disk."""
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mempar.runtime import checkpoint
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
+from mempar.runtime.copies import check_copies
 from mempar.runtime.data import Samples, micro_batches
 from mempar.runtime.heldout import Heldout
 from mempar.runtime.layout_report import write_layout
 from mempar.runtime.metrics import MetricsLog, Terminal, peak_flops
 from mempar.runtime.model import build_model
 from mempar.runtime.optim import Optimizers, StepReport
+from mempar.runtime.progress import Progress
+from mempar.runtime.rollback import Watch
 from mempar.runtime.run_dir import RunDir, read_meta
 from mempar.runtime.schedule import lr_factor
 from mempar.runtime.size import model_size
 from mempar.runtime.step import Stepper
 from mempar.runtime.tokenizer import vocab_size
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """What changes from step to step and is saved with a checkpoint.
-
-    Attributes:
-        step: steps done, applied or skipped; the data position is `step * global_batch_size` samples.
-        applied_steps: optimizer updates applied.
-        tokens: unmasked tokens seen.
-    """
-
-    step: int = 0
-    applied_steps: int = 0
-    tokens: int = 0
-
-    @property
-    def skipped(self) -> int:
-        """Steps that were not finite."""
-        return self.step - self.applied_steps
 
 
 class Trainer:
@@ -63,12 +45,13 @@ class Trainer:
         if load is not None:
             meta = read_meta(load, run)
             checkpoint.load(load, world, self.model, self.optimizers, meta)
-            self.progress = Progress(**{name: meta[name] for name in ("step", "applied_steps", "tokens")})
+            self.progress.restore(meta)
+        self.watch = Watch(run, world, directory, self.model, self.optimizers, self.progress)
         write_layout(directory.layout, world, self.model, self.optimizers)
         self.terminal: Terminal | None = None
         self.log: MetricsLog | None = None
         if world.is_main:
-            self.log = MetricsLog(directory.metrics, first_step=self.progress.step)
+            self.log = MetricsLog(directory.metrics, first_step=self.progress.step, rollbacks=self.progress.rollbacks)
             self.terminal = Terminal(
                 total_steps=run.train.steps, first_step=self.progress.step, interval=run.train.log_interval
             )
@@ -79,10 +62,15 @@ class Trainer:
         self._announce()
         if self.progress.step < train.steps:
             self._heldout(yardsticks=True)
+            if self.watch.needs_checkpoint:
+                self.save()
         while self.progress.step < train.steps:
             self._step()
+            if self._went_back():
+                continue
             step = self.progress.step
             last = step == train.steps
+            check_copies(self.run, self.model, self.optimizers, step)
             if train.heldout_interval and step % train.heldout_interval == 0 and not last:
                 self._heldout()
             if (train.save_interval and step % train.save_interval == 0) or last:
@@ -94,8 +82,7 @@ class Trainer:
         """Write a checkpoint of the present step and drop the oldest; every rank must call it."""
         path = self.directory.checkpoint(self.progress.step)
         started = time.monotonic()
-        meta = {**vars(self.progress), "samples": self.progress.step * self.run.train.global_batch_size}
-        checkpoint.save(path, self.run, self.world, self.model, self.optimizers, meta)
+        checkpoint.save(path, self.run, self.world, self.model, self.optimizers, self.progress.meta())
         if self.world.is_main:
             checkpoint.prune(self.directory.checkpoints, self.run.train.keep_checkpoints)
             seconds = time.monotonic() - started
@@ -108,19 +95,42 @@ class Trainer:
         batches = micro_batches(
             self.samples,
             self.run,
-            progress.step * train.global_batch_size,
+            progress.samples,
             count=train.global_batch_size,
             dp_rank=grid.dp_rank(self.world.rank),
             dp=grid.dp,
             device=self.world.device,
         )
         factor = lr_factor(self.run.optim, progress.step, train.steps)
-        report = self.stepper.train(batches, factor)
-        progress.step += 1
-        progress.applied_steps += report.applied
-        progress.tokens += report.tokens
+        report = self.stepper.train(batches, factor, self.watch.inspect)
+        progress.advance(
+            applied=report.applied,
+            loss=report.loss,
+            tokens=report.tokens,
+            samples=train.global_batch_size,
+            window=train.spike_window if train.spike_factor else 0,
+        )
         if self.world.is_main:
             self._record(report, factor, time.monotonic() - started)
+
+    def _went_back(self) -> bool:
+        """Tell of a spike and roll back if that is what to do; every rank must call it."""
+        spike = self.watch.spike
+        if spike is None:
+            return False
+        self._say(f"spike: {spike}{self.watch.suspects}")
+        if self.log is not None:
+            self.log.write(self.watch.event("spike", spike))
+        good = self.watch.roll_back()
+        if good is None:
+            return False
+        step, rollbacks = self.progress.step, self.progress.rollbacks
+        self._say(f"rollback {rollbacks}: back to {good.name}, on with sample {self.progress.samples}")
+        if self.log is not None:
+            self.log.cut(step, rollbacks - 1)
+            event = self.watch.event("rollback", spike)
+            self.log.write({**event, "rollbacks": rollbacks, "next_sample": self.progress.samples})
+        return True
 
     def _record(self, report: StepReport, factor: float, seconds: float) -> None:
         assert self.log is not None and self.terminal is not None
@@ -136,8 +146,13 @@ class Trainer:
         for name, memory in self.run.memories.items():
             row[f"{name}_grad_norm"] = report.memory_grad_norms[name]
             row[f"{name}_lr"] = factor * self.run.values_lr_of(memory)
+            if memory.balance_loss:
+                row[f"{name}_balance_loss"] = report.balance_losses[name]
         if self.progress.skipped:
             row["skipped_steps"] = self.progress.skipped
+        if not report.applied:
+            row["not_finite"] = self.watch.named
+            self._say(f"step {self.progress.step} is skipped: its loss or gradient is not finite{self.watch.suspects}")
         self.log.write(row)
         peak = peak_flops(self.run.train.peak_tflops)
         flops = model_size(self.run, vocab_size(self.run)).flops_per_token * row["tokens_per_s"]
