@@ -122,6 +122,7 @@ def oracle_step(run: Any, model: Any) -> Callable[[], None]:
 def time_dense(steps: int) -> dict[str, list[float]]:
     """Seconds of each step of the oracle and of the dense engine, alternating, in this process."""
     from mempar.runtime import bringup
+    from mempar.runtime.schedule import LrFactors
 
     bringup.join_world()
     run = make_run(0)
@@ -130,7 +131,7 @@ def time_dense(steps: int) -> dict[str, list[float]]:
     plain = oracle_step(run, model)
     seconds: dict[str, list[float]] = {"oracle": [], "engine": []}
     for step in range(steps + WARM_UP):
-        for name, function in (("oracle", plain), ("engine", lambda: stepper.train(batches, 1.0))):
+        for name, function in (("oracle", plain), ("engine", lambda: stepper.train(batches, LrFactors()))):
             started = time.perf_counter()
             function()
             if step >= WARM_UP:
@@ -165,10 +166,12 @@ class MemoryBench:
 
     def step(self, watch: Stopwatch) -> dict[str, float]:
         """Train one step; seconds of its phases and of the whole."""
+        from mempar.runtime.schedule import LrFactors
+
         dist.barrier()
         watch.seconds.clear()
         started = time.perf_counter()
-        self.stepper.train(self.batches, 1.0)
+        self.stepper.train(self.batches, LrFactors())
         return {"step": time.perf_counter() - started, **watch.seconds}
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from rank_pool import RankPool
 
@@ -17,6 +18,23 @@ def pool() -> Iterator[RankPool]:
         yield pool
     finally:
         pool.close()
+
+
+@pytest.fixture
+def fresh_seed() -> int:
+    """Seed torch afresh; pytest shows the seed when a test fails, and torch.manual_seed(it) repeats the test."""
+    seed = torch.seed()
+    print(f"torch seed {seed}")
+    return seed % 2**31
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: operations of a few thousand numbers are too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

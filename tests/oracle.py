@@ -216,15 +216,23 @@ class OptimConfig:
     memory_lr: float = 1e-3
     memory_weight_decay: float = 0.1
     memory_clip_grad: float = 1.0
+    # One norm and the limit `clip_grad` for dense and table gradients together.
+    joint_clip: bool = False
+    # Columns of the table that share one statistic of row_adagrad.
+    column_tile: int = 128
 
 
 @dataclass
-class AdamState:
-    """The number of steps done, and the two moments of each parameter, zero until its first step."""
+class OptimState:
+    """The number of steps done, and what optimizers keep for each parameter, zero until its first step.
+
+    Adam keeps two moments of the parameter's shape, row_adagrad one number `[S, ceil(D / column_tile)]`.
+    """
 
     step: int = 0
     first: Params = field(default_factory=dict)
     second: Params = field(default_factory=dict)
+    accumulator: Params = field(default_factory=dict)
 
 
 def global_norm(grads: Params) -> Tensor:
@@ -249,43 +257,70 @@ def adamw(
     return param - lr * decay * param - lr * direction, first, second
 
 
+def row_adagrad(
+    param: Tensor, grad: Tensor, accumulator: Tensor, lr: float, decay: float, optim: OptimConfig
+) -> tuple[Tensor, Tensor]:
+    """The next param [S, D] and accumulator [S, tiles]: each tile of columns adds the mean square of its gradients."""
+    tiles = list(zip(param.split(optim.column_tile, 1), grad.split(optim.column_tile, 1), strict=True))
+    accumulator = accumulator + torch.stack([part.square().mean(1) for _, part in tiles], 1)
+    moved = [
+        values - lr * decay * values - lr * part / (accumulator[:, [tile]].sqrt() + optim.eps)
+        for tile, (values, part) in enumerate(tiles)
+    ]
+    return torch.cat(moved, 1), accumulator
+
+
+def clip_all(dense: Params, table: Params, optim: OptimConfig) -> tuple[Params, Tensor, Tensor]:
+    """All gradients, clipped, and the unclipped norms of the dense ones and of the table's."""
+    dense_norm, table_norm = global_norm(dense), global_norm(table)
+    if optim.joint_clip:
+        joint = torch.sqrt(dense_norm.square() + table_norm.square())
+        return clip(dense | table, joint, optim.clip_grad), dense_norm, table_norm
+    clipped = clip(dense, dense_norm, optim.clip_grad) | clip(table, table_norm, optim.memory_clip_grad)
+    return clipped, dense_norm, table_norm
+
+
 @torch.no_grad()
 def update(
-    params: Params, grads: Params, slots: Sequence[Slots], state: AdamState, optim: OptimConfig, memory_optimizer: str
+    params: Params, grads: Params, slots: Sequence[Slots], state: OptimState, optim: OptimConfig, memory_optimizer: str
 ) -> tuple[Tensor, Tensor]:
     """Clips and applies the gradients, in place; returns the norms of the dense ones and of the table's, unclipped.
 
-    `adamw` updates the whole table. `row_adam` updates the rows that any token chose in this step, masked tokens too,
-    and changes neither the values nor the moments of the others; the bias correction counts all steps in both.
+    `adamw` updates the whole table. `row_adam` and `row_adagrad` update the rows that any token chose in this step,
+    masked tokens too, and change neither the values nor the state of the others; Adam's bias correction counts all
+    steps.
     """
-    if memory_optimizer not in ("adamw", "row_adam"):
-        raise ValueError(f"memory_optimizer={memory_optimizer!r} is not known; use 'adamw' or 'row_adam'.")
+    if memory_optimizer not in ("adamw", "row_adam", "row_adagrad"):
+        raise ValueError(f"memory_optimizer={memory_optimizer!r} is not known; use 'adamw', 'row_adam', 'row_adagrad'.")
     state.step += 1
     dense = {name: grad for name, grad in grads.items() if name != VALUES}
     table = {name: grad for name, grad in grads.items() if name == VALUES}
-    dense_norm, table_norm = global_norm(dense), global_norm(table)
-    clipped = clip(dense, dense_norm, optim.clip_grad) | clip(table, table_norm, optim.memory_clip_grad)
+    clipped, dense_norm, table_norm = clip_all(dense, table, optim)
 
     for name, grad in clipped.items():
-        rows, lr, decay = slice(None), optim.lr, optim.weight_decay
-        if params[name].dim() == 1:
+        param, rows, lr, decay = params[name], slice(None), optim.lr, optim.weight_decay
+        if param.dim() == 1:
             # As in megatron, norms and biases do not decay.
             decay = 0.0
         if name == VALUES:
             lr, decay = optim.memory_lr, optim.memory_weight_decay
-            if memory_optimizer == "row_adam":
+            if memory_optimizer != "adamw":
                 rows = torch.cat([slot.flatten() for batch in slots for slot in batch.values()]).unique()
-        first = state.first.setdefault(name, torch.zeros_like(grad))
-        second = state.second.setdefault(name, torch.zeros_like(grad))
-        updated = adamw(params[name], grad, first, second, lr, decay, optim, state.step)
-        for old, new in zip((params[name], first, second), updated, strict=True):
-            old[rows] = new[rows]
+        if name == VALUES and memory_optimizer == "row_adagrad":
+            num_tiles = math.ceil(grad.shape[1] / optim.column_tile)
+            old = [param, state.accumulator.setdefault(name, grad.new_zeros(len(grad), num_tiles))]
+            new = row_adagrad(param, grad, old[1], lr, decay, optim)
+        else:
+            old = [param, *(moment.setdefault(name, torch.zeros_like(grad)) for moment in (state.first, state.second))]
+            new = adamw(param, grad, old[1], old[2], lr, decay, optim, state.step)
+        for before, after in zip(old, new, strict=True):
+            before[rows] = after[rows]
     return dense_norm, table_norm
 
 
 def step(
     params: Params,
-    state: AdamState,
+    state: OptimState,
     batches: Sequence[Batch],
     config: OracleConfig,
     optim: OptimConfig,

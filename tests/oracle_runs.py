@@ -38,4 +38,6 @@ def oracle_optim(run: RunConfig) -> oracle.OptimConfig:
         memory_lr=run.values_lr,
         memory_weight_decay=run.values_weight_decay,
         memory_clip_grad=run.memory.clip_grad,
+        joint_clip=run.memory.clip == "joint",
+        column_tile=run.memory.column_tile,
     )

@@ -124,7 +124,17 @@ def test_cases_cover_all_pairs_of_axes() -> None:
         for layout, (_, sizes) in layout_cases.LAYOUTS.items():
             refused = leg == "float64" and sizes.get("distributed_optimizer")
             assert any(name.startswith(f"{leg}-{layout}-") for name in names) != bool(refused), (leg, layout)
-        for mark in ("dense", "memory-", "memory_plus", "+norms+gate", "row_adam", "adamw", "-tied", "-untied"):
+        for mark in (
+            "dense",
+            "memory-",
+            "memory_plus",
+            "+norms+gate",
+            "row_adam",
+            "adamw",
+            "row_adagrad",
+            "-tied",
+            "-untied",
+        ):
             assert any(name.startswith(leg) and mark in name for name in names), (leg, mark)
         for mark in ("ragged", "even"):
             assert any(name.startswith(leg) and name.endswith(mark) for name in names), (leg, mark)

@@ -25,6 +25,7 @@ from mempar.runtime.data import Batch, micro_batches
 from mempar.runtime.logical import LogicalParameter, logical_parameters
 from mempar.runtime.model import Model, build_model
 from mempar.runtime.optim import Optimizers, StepReport
+from mempar.runtime.schedule import LrFactors
 from mempar.runtime.slot_trace import SlotTrace, SlotTracer
 from mempar.runtime.step import Stepper
 
@@ -40,6 +41,7 @@ def toy_run(
     tied: bool = False,
     ragged: bool = False,
     extras: bool = False,
+    memory: dict[str, Any] | None = None,
     dtype: str = "float32",
     micro_batches: int = 4,
     **parallel: int | bool,
@@ -53,6 +55,7 @@ def toy_run(
         ragged: sizes that shards do not divide (S = 169, D = 29 or 32 in tiles of 5, odd sequences) with
             grouped queries, instead of sizes that 2, 3, 4 and 6 divide, with as many groups as heads.
         extras: query/key normalisation and the scalar gate.
+        memory: more settings of the memory layers.
         dtype: of training.
         micro_batches: of the global batch; the data-parallel size divides it.
         parallel: sizes of the layout.
@@ -84,6 +87,7 @@ def toy_run(
             scalar_gate=extras,
             optimizer=optimizer,
             column_tile=5 if ragged else 4,
+            **(memory or {}),
         ),
         train=TrainConfig(
             dtype=dtype,
@@ -169,14 +173,14 @@ class Watched(Optimizers):
         self.seen, self.watching = seen, True
 
     def _apply(
-        self, factor: float, grad_norm: float, memory_grad_norm: float, rows: Tensor | None, grads: Tensor | None
+        self, factors: LrFactors, grad_norm: float, memory_grad_norm: float, rows: Tensor | None, grads: Tensor | None
     ) -> None:
         if self.watching:
             self.watching = False
             self.seen.gradients = whole_parameters(self.run, self.model, finalised_gradients(self.run, self.model))
             if rows is not None and grads is not None:
                 self.seen.table_rows, self.seen.table_grad = rows.numpy().copy(), grads.numpy().copy()
-        super()._apply(factor, grad_norm, memory_grad_norm, rows, grads)
+        super()._apply(factors, grad_norm, memory_grad_norm, rows, grads)
 
 
 def finalised_gradients(run: RunConfig, model: Model) -> Callable[[LogicalParameter], Tensor]:
@@ -272,7 +276,7 @@ class Session:
     def step(self, step: int) -> StepReport:
         self.tracer.step = step
         return self.stepper.train(
-            batches_of(self.run, step, dp_rank=self.grid.dp_rank(self.world.rank), dp=self.grid.dp), 1.0
+            batches_of(self.run, step, dp_rank=self.grid.dp_rank(self.world.rank), dp=self.grid.dp), LrFactors()
         )
 
 

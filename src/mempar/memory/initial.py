@@ -10,24 +10,10 @@ import torch
 from torch import Tensor
 
 from mempar.dims import TableSlice
+from mempar.memory.hashing import hashed_bits, shift_right
 
-# 64-bit finaliser of SplitMix64 (Steele, Lea, Flood 2014), as two's complement int64.
-_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 # Elements made at a time: bounds the temporaries (8 bytes each, a few of them) to some 100 MB.
 _CHUNK_ELEMENTS = 1 << 21
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    # torch shifts int64 arithmetically; the mask makes it a logical shift.
-    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)).mul_(_MULTIPLIER_1)
-    x = (x ^ _shift_right(x, 27)).mul_(_MULTIPLIER_2)
-    return x ^ _shift_right(x, 31)
 
 
 def hashed_normal(seed: int, slot: Tensor, column: Tensor) -> Tensor:
@@ -41,10 +27,8 @@ def hashed_normal(seed: int, slot: Tensor, column: Tensor) -> Tensor:
     Returns:
         `[rows, columns] float64`, by Box and Muller from two 32-bit halves of one 64-bit hash.
     """
-    key = _mix(torch.tensor(seed, dtype=torch.int64, device=slot.device))
-    row_key = _mix(slot * _GOLDEN_GAMMA + key)
-    bits = _mix(row_key[:, None] + (column * _GOLDEN_GAMMA)[None, :])
-    radius = _shift_right(bits, 32).double().add_(1.0).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    bits = hashed_bits((seed,), slot, column)
+    radius = shift_right(bits, 32).double().add_(1.0).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
     angle = bits.bitwise_and_(0xFFFFFFFF).double().mul_(2.0**-32 * 2.0 * math.pi).cos_()
     return radius.mul_(angle)
 

@@ -1,8 +1,9 @@
 """Saving and loading through megatron's distributed checkpoint, into any parallel layout.
 
 Dense parameters and their optimizer state are megatron's own sharded tensors; the table and its
-moments are blocks of logical tensors `[S, D]` placed by their row and column, so that any cut of the
-table reads what it needs. A checkpoint is written beside its final name and renamed when whole.
+optimizer's state are blocks of logical tensors (`[S, D]`, or `[S, tiles of D]` for statistics of tiles),
+placed by their row and column, so that any cut of the table reads what it needs. A checkpoint is written
+beside its final name and renamed when whole.
 """
 
 import os
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import mempar
+from mempar.dims import TableSlice
 from mempar.runtime import mcore
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
@@ -102,7 +104,8 @@ def _sharded_state(world: World, model: Model, optimizers: Optimizers, *, loadin
     }
     state["optimizer"] = optimizers.dense.sharded_state_dict(state, is_loading=loading, metadata=metadata)
     state["table"] = {
-        name: _table_block(name, tensor, world, model) for name, tensor in _table_tensors(model, optimizers).items()
+        name: _table_block(name, tensor, _part_of(name, optimizers), world)
+        for name, tensor in _table_tensors(model, optimizers).items()
     }
     return state
 
@@ -113,9 +116,13 @@ def _table_tensors(model: Model, optimizers: Optimizers) -> dict[str, Tensor]:
     return {"values": model.table.values, **optimizers.table.state}
 
 
-def _table_block(name: str, tensor: Tensor, world: World, model: Model) -> Any:
-    assert model.table is not None and world.groups is not None
-    part = model.table.part
+def _part_of(name: str, optimizers: Optimizers) -> TableSlice:
+    assert optimizers.table is not None
+    return optimizers.table.place_of(name)
+
+
+def _table_block(name: str, tensor: Tensor, part: TableSlice, world: World) -> Any:
+    assert world.groups is not None
     return mcore.ShardedTensor(
         key=f"memory.{name}",
         data=tensor,

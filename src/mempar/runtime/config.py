@@ -273,6 +273,13 @@ class RunConfig:
                 f"memory.value_dim={memory.value_dim} differs from model.hidden_size={model.hidden_size}; the variant "
                 "`memory` adds values to the residual stream as they are; use 0, or memory.variant=memory_plus."
             )
+        if memory.schedule:
+            _one_of("memory", memory, "schedule", SCHEDULES)
+        if memory.rounding != "master" and self.table_dtype != "bf16":
+            raise ConfigError(
+                f"memory.rounding={memory.rounding} with a table in {self.table_dtype}: only updates of bf16 values "
+                "are rounded; set memory.dtype=bf16, or memory.rounding=master."
+            )
 
     def _check_tensor_parallel(self) -> None:
         tp, model = self.parallel.tp, self.model
@@ -297,14 +304,19 @@ class RunConfig:
         return self.memory.value_dim or self.model.hidden_size
 
     @property
+    def table_dtype(self) -> str:
+        """The dtype of the table: that of training unless set."""
+        return self.memory.dtype or self.train.dtype
+
+    @property
     def value_bytes(self) -> int:
-        """b, bytes of one table element in lookups."""
-        return {"float64": 8, "float32": 4, "bf16": 2}[self.train.dtype]
+        """b, bytes of one table element, in the table and on its way."""
+        return {"float64": 8, "float32": 4, "bf16": 2}[self.table_dtype]
 
     @property
     def values_lr(self) -> float:
-        """Peak learning rate of the values: ten times the dense one unless set."""
-        return self.memory.lr or 10.0 * self.optim.lr
+        """Peak learning rate of the values: a multiple of the dense one unless set."""
+        return self.memory.lr or self.memory.lr_multiplier * self.optim.lr
 
     @property
     def values_weight_decay(self) -> float:

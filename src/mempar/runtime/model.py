@@ -220,8 +220,9 @@ def _table_access(run: RunConfig, world: World) -> tuple[ValueShard | None, Tabl
     table = ValueShard(
         placement.plan.part_of(group.rank),
         seed=run.train.seed,
-        dtype=TORCH_DTYPES[run.train.dtype],
+        dtype=TORCH_DTYPES[run.table_dtype],
         device=world.device,
+        deposit_bytes=run.memory.deposit_bytes,
     )
     reader: RowReader = LocalReader(table) if group.size == 1 else ShardedReader(table, placement.plan, group)
     grid = placement.grid

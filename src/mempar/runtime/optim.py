@@ -5,6 +5,7 @@ one learning rate: values have their own of both. The order is fixed: gradients 
 go into one reduction over the world, every rank sees the same numbers and so skips or steps together.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mempar.memory.optimizer import AdamSettings, TableAdam
+from mempar.memory.optimizer import OptimizerSettings, TableOptimizer, make_table_optimizer
 from mempar.parallel.gradsync import sum_over_copies
 from mempar.runtime import mcore
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
 from mempar.runtime.model import TORCH_DTYPES, Model
+from mempar.runtime.schedule import LrFactors
+
+# Elements of the values' gradient squared at a time in float64, which bounds the temporaries.
+_NORM_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +71,11 @@ class Optimizers:
             model.wrapped,
         )
         model.transformer.grad_scale_func = self.dense.scale_loss
-        self.table: TableAdam | None = None
+        self.table: TableOptimizer | None = None
         if model.table is not None:
-            settings = AdamSettings(
-                beta1=run.optim.beta1,
-                beta2=run.optim.beta2,
-                eps=run.optim.eps,
-                weight_decay=run.values_weight_decay,
+            self.table = make_table_optimizer(
+                run.memory.optimizer, model.table.values, model.table.part, table_settings(run)
             )
-            touched_only = run.memory.optimizer == "row_adam"
-            self.table = TableAdam(model.table.values, settings, touched_only=touched_only)
 
     @property
     def members(self) -> list[Any]:
@@ -83,11 +83,11 @@ class Optimizers:
         return list(getattr(self.dense, "chained_optimizers", [self.dense]))
 
     @torch.no_grad()
-    def step(self, factor: float, num_tokens: Tensor, loss_sum: Tensor) -> StepReport:
+    def step(self, factors: LrFactors, num_tokens: Tensor, loss_sum: Tensor) -> StepReport:
         """Apply the gradients of one global batch.
 
         Args:
-            factor: share of the peak learning rates.
+            factors: shares of the peak learning rates.
             num_tokens: unmasked tokens of the global batch, as left by megatron's finalisation.
             loss_sum: `[] float64`, sum of this rank's token losses; zero off the last stage.
 
@@ -105,7 +105,7 @@ class Optimizers:
         grad_norm, memory_grad_norm = dense_square**0.5, table_square**0.5
         finite = bool(torch.isfinite(sums).all())
         if finite:
-            self._apply(factor, grad_norm, memory_grad_norm, rows, row_grads)
+            self._apply(factors, grad_norm, memory_grad_norm, rows, row_grads)
         return StepReport(
             loss=loss / max(1, tokens),
             grad_norm=grad_norm,
@@ -139,29 +139,51 @@ class Optimizers:
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         groups = self.world.groups
         if row_grads is not None and groups is not None and groups.copies.rank == 0:
-            for block in row_grads.split(4096):
+            for block in row_grads.split(max(1, _NORM_ELEMENTS // row_grads.shape[1])):
                 total += block.double().square().sum()
         return total
 
     def _apply(
-        self, factor: float, grad_norm: float, memory_grad_norm: float, rows: Tensor | None, grads: Tensor | None
+        self, factors: LrFactors, grad_norm: float, memory_grad_norm: float, rows: Tensor | None, grads: Tensor | None
     ) -> None:
-        scale = clip_factor(self.run.optim.clip_grad, grad_norm)
+        scale, values_scale = clip_factors(self.run, grad_norm, memory_grad_norm)
         for member in self.members:
             if scale < 1.0:
                 main_grads = [param.grad for param in member.get_parameters() if param.grad is not None]
                 if main_grads:
                     torch._foreach_mul_(main_grads, scale)
             for group in member.param_groups:
-                group["lr"] = factor * self.run.optim.lr
+                group["lr"] = factors.dense * self.run.optim.lr
                 # In megatron its learning-rate scheduler, which is not used here, applies this multiplier:
                 # 0 for norms and biases.
                 multiplier = group["wd_mult"] if "wd_mult" in group else group["pre_wd_mult"]
                 group["weight_decay"] = multiplier * self.run.optim.weight_decay
             member.step_with_ready_grads()
         if self.table is not None and rows is not None and grads is not None:
-            grads.mul_(clip_factor(self.run.memory.clip_grad, memory_grad_norm))
-            self.table.update(rows, grads, factor * self.run.values_lr)
+            grads.mul_(values_scale)
+            self.table.update(rows, grads, factors.values * self.run.values_lr)
+
+
+def table_settings(run: RunConfig) -> OptimizerSettings:
+    """What a table's optimizer takes from a run."""
+    return OptimizerSettings(
+        beta1=run.optim.beta1,
+        beta2=run.optim.beta2,
+        eps=run.optim.eps,
+        weight_decay=run.values_weight_decay,
+        moments=run.memory.moments_dtype,
+        rounding=run.memory.rounding,
+        column_tile=run.memory.column_tile,
+        seed=run.train.seed,
+    )
+
+
+def clip_factors(run: RunConfig, grad_norm: float, memory_grad_norm: float) -> tuple[float, float]:
+    """What the dense and the values' gradients are multiplied by: each for its own norm, or both for the joint one."""
+    if run.memory.enabled and run.memory.clip == "joint":
+        joint = clip_factor(run.optim.clip_grad, math.hypot(grad_norm, memory_grad_norm))
+        return joint, joint
+    return clip_factor(run.optim.clip_grad, grad_norm), clip_factor(run.memory.clip_grad, memory_grad_norm)
 
 
 def clip_factor(limit: float, norm: float) -> float:

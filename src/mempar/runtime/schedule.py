@@ -1,15 +1,29 @@
 """Learning-rate schedules as pure functions of the step, so that resuming needs no state."""
 
 import math
+from dataclasses import replace
+from typing import NamedTuple
 
-from mempar.runtime.config import OptimConfig
+from mempar.runtime.config import OptimConfig, RunConfig
+
+
+class LrFactors(NamedTuple):
+    """Shares of the peak learning rates: of the dense parameters and of the values."""
+
+    dense: float = 1.0
+    values: float = 1.0
+
+
+def lr_factors(run: RunConfig, step: int) -> LrFactors:
+    """Shares of both peaks at a 0-based step; the values may follow another curve (`memory.schedule`)."""
+    own = replace(run.optim, schedule=run.memory.schedule or run.optim.schedule)
+    return LrFactors(lr_factor(run.optim, step, run.train.steps), lr_factor(own, step, run.train.steps))
 
 
 def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
     """Share of the peak learning rate at a step.
 
-    The dense parameters and the values follow the same curve, each from its own peak; the floor is
-    `min_lr / lr` for both.
+    The dense parameters and the values each start from their own peak; the floor is `min_lr / lr` for both.
 
     Args:
         optim: warm-up, decay and floor.

@@ -17,6 +17,7 @@ from mempar.runtime.config import RunConfig
 from mempar.runtime.data import Batch
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers, StepReport
+from mempar.runtime.schedule import LrFactors
 
 
 class BatchCursor:
@@ -54,12 +55,12 @@ class Stepper:
         # Megatron has just reduced it over the data-parallel ranks, in place.
         self._num_tokens = num_tokens
 
-    def train(self, batches: list[Batch], factor: float) -> StepReport:
+    def train(self, batches: list[Batch], factors: LrFactors) -> StepReport:
         """Train on this rank's share of a global batch.
 
         Args:
             batches: this rank's micro-batches, equally many on every rank.
-            factor: share of the peak learning rates.
+            factors: shares of the peak learning rates.
 
         Returns:
             The step's numbers, equal on all ranks.
@@ -70,7 +71,7 @@ class Stepper:
         self.optimizers.dense.zero_grad()
         loss_sum, _ = self._schedule(batches, forward_only=False)
         assert self._num_tokens is not None
-        return self.optimizers.step(factor, self._num_tokens, loss_sum)
+        return self.optimizers.step(factors, self._num_tokens, loss_sum)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:

@@ -15,7 +15,7 @@ from mempar.runtime.metrics import MetricsLog, Terminal, peak_flops
 from mempar.runtime.model import build_model
 from mempar.runtime.optim import Optimizers, StepReport
 from mempar.runtime.run_dir import RunDir, read_meta
-from mempar.runtime.schedule import lr_factor
+from mempar.runtime.schedule import LrFactors, lr_factors
 from mempar.runtime.size import model_size
 from mempar.runtime.step import Stepper
 from mempar.runtime.tokenizer import vocab_size
@@ -114,28 +114,28 @@ class Trainer:
             dp=grid.dp,
             device=self.world.device,
         )
-        factor = lr_factor(self.run.optim, progress.step, train.steps)
-        report = self.stepper.train(batches, factor)
+        factors = lr_factors(self.run, progress.step)
+        report = self.stepper.train(batches, factors)
         progress.step += 1
         progress.applied_steps += report.applied
         progress.tokens += report.tokens
         if self.world.is_main:
-            self._record(report, factor, time.monotonic() - started)
+            self._record(report, factors, time.monotonic() - started)
 
-    def _record(self, report: StepReport, factor: float, seconds: float) -> None:
+    def _record(self, report: StepReport, factors: LrFactors, seconds: float) -> None:
         assert self.log is not None and self.terminal is not None
         row: dict[str, Any] = {
             "step": self.progress.step,
             "loss": report.loss,
             "grad_norm": report.grad_norm,
-            "lr": factor * self.run.optim.lr,
+            "lr": factors.dense * self.run.optim.lr,
             "tokens": self.progress.tokens,
             "seconds": seconds,
             "tokens_per_s": report.tokens / seconds,
         }
         if self.run.memory.enabled:
             row["memory_grad_norm"] = report.memory_grad_norm
-            row["memory_lr"] = factor * self.run.values_lr
+            row["memory_lr"] = factors.values * self.run.values_lr
         if self.progress.skipped:
             row["skipped_steps"] = self.progress.skipped
         self.log.write(row)
