@@ -120,8 +120,8 @@ class Counting:
                     value_dim=self.plan.value_dim,
                     reads=self.reads,
                     value_bytes=value_bytes,
-                    # Scores are in float32 at least.
-                    score_bytes=max(4, value_bytes),
+                    # Scores are in float32 at least, and in the training dtype whatever the table's.
+                    score_bytes=8 if self.run.train.dtype == "float64" else 4,
                 )
                 total.update(token_gather=outputs, score_gather=scores)
         start, stop = self.plan.columns_of(member)
@@ -146,6 +146,19 @@ def test_bytes_of_a_step_equal_formulas(layout: str, dtype: str, ragged: bool, p
         assert seen.extra["bytes"] == {phase: count for phase, count in expected.items() if count}, f"rank {rank}"
         anything += sum(expected.values())
     assert anything > 0
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("tp-columns", "float32"), ("stage-copies-and-replicas", "float64")])
+def test_bytes_follow_the_dtype_of_the_table(layout: str, dtype: str, pool: RankPool) -> None:
+    world_size, sizes = LAYOUTS[layout]
+    run = toy_run(dtype=dtype, ragged=True, memory={"dtype": "bf16", "rounding": "stochastic"}, **sizes)
+    assert run.value_bytes == 2
+    history = joined(run, pool.run(world_size, train_counting, run, 1))
+    counting = Counting(history, place(run, world_size))
+    for rank, seen in enumerate(history.seen):
+        expected = {phase: count for phase, count in counting.expected(rank, 0).items() if count}
+        assert seen.extra["bytes"] == expected, f"rank {rank}"
+        assert expected
 
 
 def test_counting_reads_no_formula() -> None:

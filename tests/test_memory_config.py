@@ -6,13 +6,23 @@ import pytest
 
 from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
+from mempar.runtime.schedule import lr_factor, lr_factors
+from toy import toy_run
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"variant": "peers"}, r"memory\.variant=peers.*memory, memory_plus"),
-        ({"optimizer": "sgd"}, r"memory\.optimizer=sgd.*adamw, row_adam"),
+        ({"optimizer": "sgd"}, r"memory\.optimizer=sgd.*adamw, row_adam, row_adagrad"),
+        ({"dtype": "fp8"}, r"memory\.dtype=fp8 .*float32, bf16"),
+        ({"rounding": "up"}, r"memory\.rounding=up .*master, stochastic, nearest"),
+        ({"moments_dtype": "float64"}, r"memory\.moments_dtype=float64 .*float32, bf16"),
+        ({"moments_dtype": "bf16", "optimizer": "adamw"}, r"memory\.moments_dtype=bf16 .*optimizer=adamw"),
+        ({"moments_dtype": "bf16", "optimizer": "row_adagrad"}, r"memory\.moments_dtype=bf16 .*row_adagrad"),
+        ({"clip": "both"}, r"memory\.clip=both .*own, joint"),
+        ({"lr_multiplier": 0.0}, r"memory\.lr_multiplier=0\.0 "),
+        ({"deposit_bytes": -1}, r"memory\.deposit_bytes=-1 "),
         ({"num_subkeys": 0}, r"memory\.num_subkeys=0 "),
         ({"heads": -1}, r"memory\.heads=-1 "),
         ({"top_k": 0}, r"memory\.top_k=0 "),
@@ -32,7 +42,7 @@ def test_memory_config_refuses_with_the_numbers(settings: dict, message: str) ->
         MemoryConfig(**settings)
 
 
-@pytest.mark.parametrize("name", ["lr", "clip_grad", "weight_decay"])
+@pytest.mark.parametrize("name", ["lr", "lr_multiplier", "clip_grad", "weight_decay"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_memory_config_refuses_numbers_that_are_not_finite(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"memory\.{name}={value}"):
@@ -42,3 +52,30 @@ def test_memory_config_refuses_numbers_that_are_not_finite(name: str, value: flo
 def test_memory_config_takes_the_bounds_of_its_rules() -> None:
     config = MemoryConfig(num_subkeys=8, top_k=8, heads=1, key_dim=2, layers=(0, 1, 7), column_tile=1)
     assert (config.num_slots, config.half_key_dim) == (64, 1)
+
+
+def test_table_follows_the_training_dtype_unless_it_has_its_own() -> None:
+    assert (toy_run(dtype="float64").table_dtype, toy_run(dtype="float64").value_bytes) == ("float64", 8)
+    own = toy_run(dtype="float32", memory={"dtype": "bf16"})
+    assert (own.table_dtype, own.value_bytes) == ("bf16", 2)
+    wider = toy_run(dtype="bf16", memory={"dtype": "float32"})
+    assert (wider.table_dtype, wider.value_bytes) == ("float32", 4)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_rounding_is_refused_where_nothing_is_rounded(rounding: str) -> None:
+    with pytest.raises(ConfigError, match=rf"memory\.rounding={rounding} with a table in float32.*memory\.dtype=bf16"):
+        toy_run(memory={"rounding": rounding})
+    assert toy_run(dtype="bf16", memory={"rounding": rounding}).memory.rounding == rounding
+
+
+def test_values_learn_at_a_rate_and_on_a_schedule_of_their_own() -> None:
+    run = toy_run(memory={"lr_multiplier": 4.0})
+    assert run.values_lr == pytest.approx(4 * run.optim.lr)
+    assert toy_run(memory={"lr_multiplier": 4.0, "lr": 0.5}).values_lr == 0.5
+    assert lr_factors(run, 50) == (lr_factor(run.optim, 50, run.train.steps),) * 2
+    assert 0.4 < lr_factors(run, 50).dense < 0.6
+    constant = lr_factors(toy_run(memory={"schedule": "constant"}), 50)
+    assert constant == (lr_factors(run, 50).dense, 1.0)
+    with pytest.raises(ConfigError, match=r"memory\.schedule=step .*linear, cosine, wsd, constant"):
+        toy_run(memory={"schedule": "step"})

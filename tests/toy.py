@@ -62,6 +62,21 @@ def toy_run(
     """
     # Sequence parallelism cuts sequences into equal shares.
     odd_length = 14 if parallel.get("sequence_parallel") else 15
+    settings = MemoryConfig(
+        enabled=kind != "dense",
+        variant="memory_plus" if kind == "dense" else kind,
+        # (1, 3) lie on one stage of pp=2 vpp=2, (1, 2, 3) never do.
+        layers=(1, 3) if kind == "memory" else (1, 2, 3),
+        num_subkeys=13 if ragged else 12,
+        heads=2,
+        top_k=4,
+        key_dim=16,
+        value_dim=29 if ragged and kind == "memory_plus" else 0,
+        qk_norm=extras,
+        scalar_gate=extras,
+        optimizer=optimizer,
+        column_tile=5 if ragged else 4,
+    )
     return RunConfig(
         model=ModelConfig(
             num_layers=4,
@@ -73,22 +88,7 @@ def toy_run(
             vocab_multiple=16,
             tie_embeddings=tied,
         ),
-        memory=MemoryConfig(
-            enabled=kind != "dense",
-            variant="memory_plus" if kind == "dense" else kind,
-            # (1, 3) lie on one stage of pp=2 vpp=2, (1, 2, 3) never do.
-            layers=(1, 3) if kind == "memory" else (1, 2, 3),
-            num_subkeys=13 if ragged else 12,
-            heads=2,
-            top_k=4,
-            key_dim=16,
-            value_dim=29 if ragged and kind == "memory_plus" else 0,
-            qk_norm=extras,
-            scalar_gate=extras,
-            optimizer=optimizer,
-            column_tile=5 if ragged else 4,
-            **(memory or {}),
-        ),
+        memory=replace(settings, **(memory or {})),
         train=TrainConfig(
             dtype=dtype,
             seq_length=odd_length if ragged else 16,
