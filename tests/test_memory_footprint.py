@@ -21,7 +21,7 @@ from mempar.runtime.slot_trace import SlotTrace
 from rank_pool import RankPool
 from toy import Seen, Session, joined, toy_run
 
-# Every rank has the same number of micro-batches, 48 in all.
+# Every rank has the same number of micro-batches, 24 in all.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
     "columns": (2, {"mp": 2, "mp_rows": 1}),
@@ -38,13 +38,13 @@ def wide_run(num_subkeys: int, *, memory: dict[str, Any] | None = None, **settin
     """Rows much wider than the model, so that the table and its records are what takes memory."""
     run = toy_run(
         memory={"layers": (1,), "num_subkeys": num_subkeys, "value_dim": 512, "column_tile": 64, **(memory or {})},
-        micro_batches=48,
+        micro_batches=24,
         **settings,
     )
     return replace(
         run,
         model=replace(run.model, num_layers=2),
-        train=replace(run.train, seq_length=64, micro_batch_size=1, global_batch_size=48),
+        train=replace(run.train, seq_length=64, micro_batch_size=1, global_batch_size=24),
     )
 
 
@@ -87,7 +87,7 @@ def test_peak_memory_equals_weights_state_and_records(
     layout: str, settings: str, pool: RankPool, note_figure: Any
 ) -> None:
     world_size, sizes = LAYOUTS[layout]
-    run = wide_run(48, **SETTINGS[settings], **sizes)
+    run = wide_run(32, **SETTINGS[settings], **sizes)
     history = joined(run, pool.run(world_size, peak_of_step, run))
     slots = np.concatenate([slots.reshape(-1, 8) for slots in history.trace.slots.values()])
     plan = place(run, world_size).plan
@@ -107,11 +107,11 @@ def test_peak_memory_equals_weights_state_and_records(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_peak_memory_grows_with_slots_by_the_shard_alone(layout: str, pool: RankPool) -> None:
     world_size, sizes = LAYOUTS[layout]
-    small, large = wide_run(32, **sizes), wide_run(64, **sizes)
+    small, large = wide_run(32, **sizes), wide_run(96, **sizes)
     chosen = joined(small, pool.run(world_size, peak_of_step, small))
     spread = SlotTrace()
-    # The same reads from four times the rows: slot 4 s lies in the row shard in which s lay.
-    spread.slots = {key: 4 * slots for key, slots in chosen.trace.slots.items()}
+    # The same reads from nine times the rows: slot 9 s lies in the row shard in which s lay.
+    spread.slots = {key: 9 * slots for key, slots in chosen.trace.slots.items()}
     grown = joined(large, pool.run(world_size, peak_of_step, large, spread))
     for rank, (before, after) in enumerate(zip(chosen.seen, grown.seen, strict=True)):
         shard = 0
@@ -122,5 +122,5 @@ def test_peak_memory_grows_with_slots_by_the_shard_alone(layout: str, pool: Rank
             shard += sign * (values_bytes(part, 4) + state_bytes(run.memory, part, 4))
         keys = after.extra["dense"] - before.extra["dense"]
         growth = after.extra["peak"] - before.extra["peak"]
-        # Scores of 64 instead of 32 sub-keys a half, in one micro-batch of 64 tokens.
+        # Scores of 96 instead of 32 sub-keys a half, in one micro-batch of 64 tokens.
         assert abs(growth - shard - keys) < 0.02 * shard, (rank, growth, shard, keys)

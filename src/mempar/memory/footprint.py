@@ -4,11 +4,12 @@ A step passes two peaks, with weights and state held all the while. When records
 their sorted index and the sums exist together; when the rows are updated, the sums and a block of
 temporaries do. No term grows with S but the shard's own rows (under `adamw` too, whose work does).
 
-    peak = values + state + U D_j g + max(records + 2 E (8 + g) + (B + U) c g, 4 c' g)
+    peak = values + state + U D_j g + max(records + 2 E (8 + g) + (B + U) c g, k c' g)
 
 with E entries and B output gradients deposited, U rows touched, g bytes a number of arithmetic, c columns
-joined at a time and c' elements updated at a time. Holders of copies gather each other's sums besides:
-(2 G + 1) U D_j g more in a group of G where all touch U rows.
+joined at a time, c' elements updated at a time and k of their copies (4, or 8 with stochastic rounding).
+Holders of copies gather each other's sums besides: (2 G + 1) U D_j g more in a group of G where all touch
+U rows.
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from mempar.memory.optimizer.table import CHUNK_ELEMENTS
 
 # Bytes of a row or bag index in a record, and of a sorted position.
 _INDEX_BYTES, _ORDER_BYTES = 4, 8
-# Wide copies of a block of rows during an update: two moments, the values, a denominator.
-_UPDATE_COPIES = 4
+# Wide copies of a block of rows during an update: two moments, the values, a denominator or squares. Rounding adds
+# a quarter of a hash of 8 bytes three times over, noise, a mask, and the number before and after.
+_UPDATE_COPIES, _ROUNDING_COPIES = 4, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,5 +69,7 @@ def peak_bytes(config: MemoryConfig, part: TableSlice, value_bytes: int, deposit
     joined = min(width, block_columns(deposits.tokens, deposits.rows))
     index = deposits.entries * (2 * _INDEX_BYTES + _ORDER_BYTES + 2 * wide)
     summing = record_bytes(deposits, width, value_bytes) + index + (deposits.tokens + deposits.rows) * joined * wide
-    updating = _UPDATE_COPIES * min(CHUNK_ELEMENTS, deposits.rows * width) * wide
+    rounds = config.moments_dtype == "bf16" or (value_bytes < 4 and config.rounding == "stochastic")
+    copies = _UPDATE_COPIES + (_ROUNDING_COPIES if rounds else 0)
+    updating = copies * min(CHUNK_ELEMENTS, deposits.rows * width) * wide
     return held + sums + max(summing, updating)

@@ -54,11 +54,17 @@ def reduce_row_parts(
     del order
     width = grads[0].shape[1]
     sums = weight.new_empty(len(rows), width)
-    at_once = block_columns(sum(map(len, grads)), len(rows))
+    num_bags = sum(map(len, grads))
+    at_once = block_columns(num_bags, len(rows))
     for start in range(0, width, at_once):
-        columns = slice(start, start + at_once)
-        joined = torch.cat([grad[:, columns].to(weight.dtype) for grad in grads])
+        columns = slice(start, min(start + at_once, width))
+        joined = weight.new_empty(num_bags, columns.stop - start)
+        # Converted while they are copied, which torch.cat would do beforehand.
+        for part, grad in zip(joined.split([len(grad) for grad in grads]), grads, strict=True):
+            part.copy_(grad[:, columns])
         sums[:, columns] = weighted_gather(joined, bags, weight, offsets)
+        # Or two of them exist when the next is made.
+        del joined, part
     return rows, sums
 
 
