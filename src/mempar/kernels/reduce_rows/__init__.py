@@ -58,14 +58,17 @@ def reduce_row_parts(
     at_once = block_columns(num_bags, len(rows))
     for start in range(0, width, at_once):
         columns = slice(start, min(start + at_once, width))
-        joined = weight.new_empty(num_bags, columns.stop - start)
-        # Converted while they are copied, which torch.cat would do beforehand.
-        for part, grad in zip(joined.split([len(grad) for grad in grads]), grads, strict=True):
-            part.copy_(grad[:, columns])
-        sums[:, columns] = weighted_gather(joined, bags, weight, offsets)
-        # Or two of them exist when the next is made.
-        del joined, part
+        # Nothing keeps a block when the next is made.
+        sums[:, columns] = weighted_gather(_joined(grads, columns, num_bags, weight), bags, weight, offsets)
     return rows, sums
+
+
+def _joined(grads: Sequence[Tensor], columns: slice, num_bags: int, like: Tensor) -> Tensor:
+    """Join the parts' columns in the dtype of `like`; torch.cat would hold converted copies of all parts beside."""
+    joined = like.new_empty(num_bags, columns.stop - columns.start)
+    for part, grad in zip(joined.split([len(grad) for grad in grads]), grads, strict=True):
+        part.copy_(grad[:, columns])
+    return joined
 
 
 def block_columns(num_bags: int, num_rows: int) -> int:
