@@ -114,7 +114,7 @@ def oracle_step(run: Any, model: Any) -> Callable[[], None]:
 
     params = {
         logical.name: logical.param.detach().clone().requires_grad_()
-        for logical in logical_parameters(model.chunks[0], tp=1, tp_rank=0)
+        for logical in logical_parameters(model.chunks[0], tp=1, tp_rank=0, ep_rank=0)
     }
     batches = [(batch.tokens, batch.labels, batch.loss_mask) for batch in random_batches(run, 0, 1)]
     state = oracle.AdamState()
@@ -124,6 +124,7 @@ def oracle_step(run: Any, model: Any) -> Callable[[], None]:
 def time_dense(steps: int) -> dict[str, list[float]]:
     """Seconds of each step of the oracle and of the dense engine, alternating, in this process."""
     from mempar.runtime import bringup
+    from mempar.runtime.schedule import full_rates
 
     bringup.join_world()
     run = make_run(0)
@@ -132,7 +133,7 @@ def time_dense(steps: int) -> dict[str, list[float]]:
     plain = oracle_step(run, model)
     seconds: dict[str, list[float]] = {"oracle": [], "engine": []}
     for step in range(steps + WARM_UP):
-        for name, function in (("oracle", plain), ("engine", lambda: stepper.train(batches, 1.0))):
+        for name, function in (("oracle", plain), ("engine", lambda: stepper.train(batches, full_rates(run)))):
             started = time.perf_counter()
             function()
             if step >= WARM_UP:
@@ -150,6 +151,7 @@ class MemoryBench:
         from mempar.runtime.model import build_model
         from mempar.runtime.optim import Optimizers
         from mempar.runtime.placement import place
+        from mempar.runtime.schedule import full_rates
         from mempar.runtime.step import Stepper
 
         run = make_run(round(slots**0.5))
@@ -158,6 +160,7 @@ class MemoryBench:
         model = build_model(run, world, 257)
         self.stepper = Stepper(run, world, model, Optimizers(run, world, model))
         self.batches = random_batches(run, world.placement.grid.dp_rank(world.rank), 2)
+        self.rates = full_rates(run)
         self.phases: list[tuple[Any, str, str]] = [
             (model.tables[0].shard, "gather", "gather"),
             (model.tables[0].shard, "backward", "backward"),
@@ -167,10 +170,11 @@ class MemoryBench:
 
     def step(self, watch: Stopwatch) -> dict[str, float]:
         """Train one step; seconds of its phases and of the whole."""
+
         dist.barrier()
         watch.seconds.clear()
         started = time.perf_counter()
-        self.stepper.train(self.batches, 1.0)
+        self.stepper.train(self.batches, self.rates)
         return {"step": time.perf_counter() - started, **watch.seconds}
 
 

@@ -23,6 +23,23 @@ def pool() -> Iterator[RankPool]:
         pool.close()
 
 
+@pytest.fixture
+def fresh_seed() -> int:
+    """Seed torch afresh; pytest shows the seed when a test fails, and torch.manual_seed(it) repeats the test."""
+    seed = torch.seed()
+    print(f"torch seed {seed}")
+    return seed % 2**31
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: operations of a few thousand numbers are too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def note_figure(pytestconfig: pytest.Config) -> Callable[[str, float], None]:
     """Note a number; the largest of each name is printed at the end of the session."""

@@ -72,7 +72,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "layout": tuple(LAYOUTS),
     "leg": LEGS,
     "kind": ("dense", "memory", "memory_plus", "peer", "beside", "two"),
-    "optimizer": ("row_adam", "adamw"),
+    "optimizer": ("row_adam", "adamw", "row_adagrad"),
     "tied": (False, True),
     "ragged": (False, True),
     "extras": (False, True),

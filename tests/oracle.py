@@ -294,15 +294,23 @@ class OptimConfig:
     memory_lr: float = 1e-3
     memory_weight_decay: float = 0.1
     memory_clip_grad: float = 1.0
+    # One norm and the limit `clip_grad` for dense and table gradients together.
+    joint_clip: bool = False
+    # Columns of the table that share one statistic of row_adagrad.
+    column_tile: int = 128
 
 
 @dataclass
-class AdamState:
-    """The number of steps done, and the two moments of each parameter, zero until its first step."""
+class OptimState:
+    """The number of steps done, and what optimizers keep for each parameter, zero until its first step.
+
+    Adam keeps two moments of the parameter's shape, row_adagrad one number `[S, ceil(D / column_tile)]`.
+    """
 
     step: int = 0
     first: Params = field(default_factory=dict)
     second: Params = field(default_factory=dict)
+    accumulator: Params = field(default_factory=dict)
 
 
 def global_norm(grads: Params) -> Tensor:
@@ -327,24 +335,52 @@ def adamw(
     return param - lr * decay * param - lr * direction, first, second
 
 
+def row_adagrad(
+    param: Tensor, grad: Tensor, accumulator: Tensor, lr: float, decay: float, optim: OptimConfig
+) -> tuple[Tensor, Tensor]:
+    """The next param [S, D] and accumulator [S, tiles]: each tile of columns adds the mean square of its gradients."""
+    tiles = list(zip(param.split(optim.column_tile, 1), grad.split(optim.column_tile, 1), strict=True))
+    accumulator = accumulator + torch.stack([part.square().mean(1) for _, part in tiles], 1)
+    moved = [
+        values - lr * decay * values - lr * part / (accumulator[:, [tile]].sqrt() + optim.eps)
+        for tile, (values, part) in enumerate(tiles)
+    ]
+    return torch.cat(moved, 1), accumulator
+
+
+def clip_all(
+    dense: Params, tables: Params, memory_of: dict[str, MemoryShape], optim: OptimConfig
+) -> tuple[Params, Tensor, Tensor]:
+    """All gradients, clipped, and the unclipped norms of the dense ones and of the tables'."""
+    dense_norm, table_norm = global_norm(dense), global_norm(tables)
+    if optim.joint_clip:
+        joint = torch.sqrt(dense_norm.square() + table_norm.square())
+        return clip(dense | tables, joint, optim.clip_grad), dense_norm, table_norm
+    clipped = clip(dense, dense_norm, optim.clip_grad)
+    for memory in dict.fromkeys(memory_of.values()):
+        own = {name: grad for name, grad in tables.items() if memory_of[name] is memory}
+        clipped |= clip(own, global_norm(own), optim.memory_clip_grad)
+    return clipped, dense_norm, table_norm
+
+
 @torch.no_grad()
 def update(
     params: Params,
     grads: Params,
     slots: Sequence[Slots],
-    state: AdamState,
+    state: OptimState,
     config: OracleConfig,
     optim: OptimConfig,
     memory_optimizer: str,
 ) -> tuple[Tensor, Tensor]:
     """Clips and applies the gradients, in place; returns the norms of the dense ones and of the tables', unclipped.
 
-    Each memory is clipped by the norm of its own tables. `adamw` updates whole tables. `row_adam` updates the rows
-    that any token chose in this step, masked tokens too, and changes neither the values nor the moments of the others;
-    the bias correction counts all steps in both.
+    Each memory is clipped by the norm of its own tables, or all with the dense gradients by one joint norm. `adamw`
+    updates whole tables. `row_adam` and `row_adagrad` update the rows that any token chose in this step, masked tokens
+    too, and change neither the values nor the state of the others; Adam's bias correction counts all steps.
     """
-    if memory_optimizer not in ("adamw", "row_adam"):
-        raise ValueError(f"memory_optimizer={memory_optimizer!r} is not known; use 'adamw' or 'row_adam'.")
+    if memory_optimizer not in ("adamw", "row_adam", "row_adagrad"):
+        raise ValueError(f"memory_optimizer={memory_optimizer!r} is not known; use 'adamw', 'row_adam', 'row_adagrad'.")
     state.step += 1
     memory_of = {
         f"{memory.name}.{table}": memory
@@ -354,33 +390,33 @@ def update(
     }
     dense = {name: grad for name, grad in grads.items() if name not in memory_of}
     tables = {name: grad for name, grad in grads.items() if name in memory_of}
-    dense_norm, table_norm = global_norm(dense), global_norm(tables)
-    clipped = clip(dense, dense_norm, optim.clip_grad)
-    for memory in dict.fromkeys(memory_of.values()):
-        own = {name: grad for name, grad in tables.items() if memory_of[name] is memory}
-        clipped |= clip(own, global_norm(own), optim.memory_clip_grad)
+    clipped, dense_norm, table_norm = clip_all(dense, tables, memory_of, optim)
 
     for name, grad in clipped.items():
-        rows, lr, decay = slice(None), optim.lr, optim.weight_decay
-        if params[name].dim() == 1:
+        param, rows, lr, decay = params[name], slice(None), optim.lr, optim.weight_decay
+        if param.dim() == 1:
             # As in megatron, norms and biases do not decay.
             decay = 0.0
         if name in memory_of:
             lr, decay = optim.memory_lr, optim.memory_weight_decay
-            if memory_optimizer == "row_adam":
+            if memory_optimizer != "adamw":
                 layers = memory_of[name].memory_layers
                 rows = torch.cat([batch[layer].flatten() for batch in slots for layer in layers]).unique()
-        first = state.first.setdefault(name, torch.zeros_like(grad))
-        second = state.second.setdefault(name, torch.zeros_like(grad))
-        updated = adamw(params[name], grad, first, second, lr, decay, optim, state.step)
-        for old, new in zip((params[name], first, second), updated, strict=True):
-            old[rows] = new[rows]
+        if name in memory_of and memory_optimizer == "row_adagrad":
+            num_tiles = math.ceil(grad.shape[1] / optim.column_tile)
+            old = [param, state.accumulator.setdefault(name, grad.new_zeros(len(grad), num_tiles))]
+            new = row_adagrad(param, grad, old[1], lr, decay, optim)
+        else:
+            old = [param, *(moment.setdefault(name, torch.zeros_like(grad)) for moment in (state.first, state.second))]
+            new = adamw(param, grad, old[1], old[2], lr, decay, optim, state.step)
+        for before, after in zip(old, new, strict=True):
+            before[rows] = after[rows]
     return dense_norm, table_norm
 
 
 def step(
     params: Params,
-    state: AdamState,
+    state: OptimState,
     batches: Sequence[Batch],
     config: OracleConfig,
     optim: OptimConfig,

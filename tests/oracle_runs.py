@@ -55,4 +55,6 @@ def oracle_optim(run: RunConfig) -> oracle.OptimConfig:
         memory_lr=run.values_lr_of(memory),
         memory_weight_decay=run.values_weight_decay_of(memory),
         memory_clip_grad=memory.clip_grad,
+        joint_clip=memory.clip == "joint",
+        column_tile=memory.column_tile,
     )

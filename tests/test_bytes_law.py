@@ -141,7 +141,7 @@ class Counting:
         group = next((ranks for ranks in self.groups if rank in ranks), None)
         if group is None:
             return total
-        value_bytes, again = self.run.value_bytes, self.run.train.runs_memory_again
+        value_bytes, again = self.run.value_bytes_of(self.run.memory), self.run.train.runs_memory_again
         cuts = np.array(self.plan.row_cuts)
         member = group.index(rank)
         touched: set[int] = set()
@@ -171,8 +171,8 @@ class Counting:
                     value_dim=self.plan.value_dim,
                     reads=self.reads,
                     value_bytes=value_bytes,
-                    # Scores are in float32 at least.
-                    score_bytes=max(4, value_bytes),
+                    # Scores are in float32 at least, and in the training dtype whatever the table's.
+                    score_bytes=8 if self.run.train.dtype == "float64" else 4,
                 )
                 total.update(token_gather=2 * outputs if again else outputs, score_gather=scores)
         start, stop = self.plan.columns_of(member)
@@ -208,6 +208,19 @@ def test_bytes_of_a_step_equal_formulas(layout: str, settings: dict[str, Any], p
         anything += sum(expected.values())
     assert anything > 0
     assert (counting.saved_reads > 0) == (settings.get("merge") == "on")
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("tp-columns", "float32"), ("stage-copies-and-replicas", "float64")])
+def test_bytes_follow_the_dtype_of_the_table(layout: str, dtype: str, pool: RankPool) -> None:
+    world_size, sizes = LAYOUTS[layout]
+    run = toy_run(dtype=dtype, ragged=True, memory={"dtype": "bf16", "rounding": "stochastic"}, **sizes)
+    assert run.value_bytes_of(run.memory) == 2
+    history = joined(run, pool.run(world_size, train_counting, run, 1))
+    counting = Counting(history, place(run, world_size))
+    for rank, seen in enumerate(history.seen):
+        expected = {phase: count for phase, count in counting.expected(rank, 0).items() if count}
+        assert seen.extra["bytes"] == expected, f"rank {rank}"
+        assert expected
 
 
 def test_counting_reads_no_formula() -> None:

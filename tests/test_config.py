@@ -117,8 +117,8 @@ def test_run_config_derives_what_is_not_set() -> None:
     assert derived == (2.5, 0.5, 64)
     own = replace(MEMORY, lr=0.125, weight_decay=0.0, value_dim=16)
     assert (run.values_lr_of(own), run.values_weight_decay_of(own), run.value_dim_of(own)) == (0.125, 0.0, 16)
-    bytes_of = {dtype: replace(run, train=TrainConfig(dtype=dtype)).value_bytes for dtype in ("float64", "bf16")}
-    assert bytes_of == {"float64": 8, "bf16": 2}
+    runs = {dtype: replace(run, train=TrainConfig(dtype=dtype)) for dtype in ("float64", "bf16")}
+    assert {dtype: run.value_bytes_of(MEMORY) for dtype, run in runs.items()} == {"float64": 8, "bf16": 2}
     assert ModelConfig(num_attention_heads=6, num_query_groups=0).query_groups == 6
 
 

@@ -65,7 +65,7 @@ def corrupt_and_check(run: RunConfig, where: int, what: str) -> tuple[bool, str]
         elif what == "values":
             model.tables[-1].shard.values[7:9, 0] += 1.0
         else:
-            for logical in logical_parameters(model.chunks[0], tp=1, tp_rank=0):
+            for logical in logical_parameters(model.chunks[0], tp=1, tp_rank=0, ep_rank=0):
                 if logical.name == what:
                     logical.param.data[3, 1] += 1.0
     said = ""

@@ -271,7 +271,7 @@ def test_logical_parameters_have_global_names_and_dims() -> None:
     # Megatron's layer numbers are global and start at one; the place in the list is local.
     model.decoder.layers = nn.ModuleList([Block(7), Block(8)])
     model.decoder.final_layernorm = nn.RMSNorm(3)
-    found = {one.name: one for one in logical_parameters(model, tp=2, tp_rank=1)}
+    found = {one.name: one for one in logical_parameters(model, tp=2, tp_rank=1, ep_rank=0)}
     blocks = [f"decoder.layers.{block}.mlp.linear_fc{number}.weight" for block in (6, 7) for number in (1, 2)]
     assert list(found) == [*blocks, "decoder.final_layernorm.weight"]
     assert [(one.dim, one.halves, one.shape) for one in found.values()] == [

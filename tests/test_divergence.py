@@ -70,7 +70,7 @@ def spoil(session: Session, what: str) -> Callable[[], None]:
 
     def finalize_and_spoil(*args: Any, **kwargs: Any) -> None:
         finalize(*args, **kwargs)
-        for logical in logical_parameters(model.chunks[0], tp=1, tp_rank=0):
+        for logical in logical_parameters(model.chunks[0], tp=1, tp_rank=0, ep_rank=0):
             if logical.name == what:
                 logical.param.main_grad.fill_(float("nan"))
 
@@ -146,7 +146,7 @@ def spoiled_gradients(run: RunConfig, grown: str, factor: float, slot: int) -> l
     def finalize_and_grow(*args: Any, **kwargs: Any) -> None:
         finalize(*args, **kwargs)
         for chunk in session.model.chunks:
-            for logical in logical_parameters(chunk, tp=1, tp_rank=0):
+            for logical in logical_parameters(chunk, tp=1, tp_rank=0, ep_rank=0):
                 if logical.name == grown:
                     logical.param.main_grad.mul_(factor)
 

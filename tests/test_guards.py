@@ -78,7 +78,7 @@ def marks_of_parameters(run: RunConfig) -> dict[str, tuple[bool, bool, int | Non
             logical.dim,
         )
         for chunk in session.model.chunks
-        for logical in logical_parameters(chunk, tp=run.parallel.tp, tp_rank=0)
+        for logical in logical_parameters(chunk, tp=run.parallel.tp, tp_rank=0, ep_rank=0)
     }
     tear_down(session.world)
     return marks

@@ -136,6 +136,7 @@ def test_cases_cover_all_pairs_of_axes() -> None:
             "+norms+gate",
             "row_adam",
             "adamw",
+            "row_adagrad",
             "-merged-",
             "-tied",
             "-untied",

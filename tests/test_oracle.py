@@ -269,7 +269,7 @@ def test_adamw_steps_match_torch(clip_grad: float) -> None:
         {"params": table, "lr": 5e-2, "weight_decay": 0.1},
     ]
     reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    state = oracle.AdamState()
+    state = oracle.OptimState()
     for _ in range(4):
         batch = random_batch()
         result = oracle.step(params, state, [batch], EVERYTHING, optim)
@@ -288,7 +288,7 @@ def test_adamw_steps_match_torch(clip_grad: float) -> None:
 
 
 def test_row_adam_leaves_untouched_rows_unchanged() -> None:
-    params, state = random_params(CONFIG), oracle.AdamState()
+    params, state = random_params(CONFIG), oracle.OptimState()
     optim = oracle.OptimConfig(1e-2)
     for _ in range(3):
         zero = torch.zeros_like(params[oracle.VALUES])
@@ -314,7 +314,7 @@ def test_row_adam_equals_adamw_when_all_rows_touched() -> None:
     copies, states = [params, {name: param.clone() for name, param in params.items()}], []
     batches = [random_batch() for _ in range(3)]
     for copy, optimizer in zip(copies, ("adamw", "row_adam"), strict=True):
-        states.append(oracle.AdamState())
+        states.append(oracle.OptimState())
         for batch in batches:
             oracle.step(copy, states[-1], [batch], config, oracle.OptimConfig(1e-2), optimizer)
     assert all(torch.equal(copies[0][name], copies[1][name]) for name in params)
@@ -323,7 +323,7 @@ def test_row_adam_equals_adamw_when_all_rows_touched() -> None:
 
 def test_row_adam_corrects_bias_by_the_global_step() -> None:
     optim = oracle.OptimConfig(1e-2, memory_clip_grad=0.0, memory_weight_decay=0.5)
-    params, state = {oracle.VALUES: normal(4, 3)}, oracle.AdamState()
+    params, state = {oracle.VALUES: normal(4, 3)}, oracle.OptimState()
     start, grad = params[oracle.VALUES].clone(), normal(4, 3)
     for row in (0, 2):
         slots = [{0: torch.full((1, 1, 1, 1), row)}]
@@ -334,6 +334,49 @@ def test_row_adam_corrects_bias_by_the_global_step() -> None:
     assert torch.equal(params[oracle.VALUES][1], start[1])
 
 
+def test_row_adagrad_of_one_tile_a_column_is_adagrad_of_torch() -> None:
+    start = normal(5, 3)
+    param = torch.nn.Parameter(start.clone())
+    truth = torch.optim.Adagrad([param], lr=0.1, eps=1e-8)
+    optim = oracle.OptimConfig(0.0, memory_lr=0.1, memory_weight_decay=0.0, memory_clip_grad=0.0, column_tile=1)
+    params, state = {oracle.VALUES: start.clone()}, oracle.OptimState()
+    every_row = [{0: torch.arange(5)}]
+    for _ in range(4):
+        param.grad = normal(5, 3)
+        oracle.update(params, {oracle.VALUES: param.grad}, every_row, state, optim, "row_adagrad")
+        truth.step()
+    torch.testing.assert_close(params[oracle.VALUES], param.detach())
+
+
+def test_row_adagrad_shares_the_mean_square_of_a_tile_and_leaves_other_rows_alone() -> None:
+    start, grad = normal(4, 5), normal(4, 5)
+    optim = oracle.OptimConfig(0.0, memory_lr=0.1, memory_weight_decay=0.5, memory_clip_grad=0.0, column_tile=3)
+    params, state = {oracle.VALUES: start.clone()}, oracle.OptimState()
+    oracle.update(params, {oracle.VALUES: grad}, [{0: torch.tensor([2, 0])}], state, optim, "row_adagrad")
+    squares = torch.stack([grad[:, :3].square().sum(1) / 3, grad[:, 3:].square().sum(1) / 2], 1)
+    torch.testing.assert_close(state.accumulator[oracle.VALUES][[0, 2]], squares[[0, 2]])
+    expected = start[2, 4] * (1 - 0.1 * 0.5) - 0.1 * grad[2, 4] / squares[2, 1].sqrt()
+    torch.testing.assert_close(params[oracle.VALUES][2, 4], expected)
+    assert torch.equal(params[oracle.VALUES][[1, 3]], start[[1, 3]])
+    assert not state.accumulator[oracle.VALUES][[1, 3]].any()
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 1e9])
+def test_joint_clip_limits_the_norm_of_all_gradients_together(limit: float) -> None:
+    dense, table = {"a": normal(3, 4)}, {oracle.VALUES: normal(6, 2)}
+    optim = oracle.OptimConfig(1e-2, clip_grad=limit, memory_clip_grad=1e-3, joint_clip=True)
+    clipped, dense_norm, table_norm = oracle.clip_all(dense, table, optim)
+    before = math.hypot(dense_norm.item(), table_norm.item())
+    after = oracle.global_norm(clipped).item()
+    assert after == pytest.approx(min(before, limit or math.inf), rel=1e-5)
+    torch.testing.assert_close(
+        clipped[oracle.VALUES] / table[oracle.VALUES],
+        torch.full((6, 2), after / before).to(clipped[oracle.VALUES].dtype),
+        rtol=1e-5,
+        atol=0,
+    )
+
+
 def test_update_refuses_unknown_optimizer() -> None:
     with pytest.raises(ValueError, match="row_adam"):
-        oracle.update({}, {}, [], oracle.AdamState(), oracle.OptimConfig(1e-2), "row_adagrad")
+        oracle.update({}, {}, [], oracle.OptimState(), oracle.OptimConfig(1e-2), "row_sgd")

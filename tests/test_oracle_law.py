@@ -6,7 +6,6 @@ engine's own initial values, because in float32 its rounding is larger than the 
 a gradient against 3e-6).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,8 @@ from oracle_runs import oracle_config, oracle_optim
 from rank_pool import RankPool
 from toy import TABLE, History, batches_of, joined, toy_run, train
 
+# The oracle's operations are too small to share between threads.
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 3
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 # Adam divides by the square root of tiny second moments, which lifts rounding: an update is lr times the
@@ -42,6 +43,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "memory_plus-row_adam-untied-gqa": {"ragged": True},
     "memory_plus-adamw-untied-mha": {"optimizer": "adamw"},
     "memory_plus-row_adam-tied-mha-norms-gate": {"tied": True, "extras": True},
+    "memory_plus-row_adagrad-untied-gqa-joint-clip": {
+        "optimizer": "row_adagrad",
+        "ragged": True,
+        "memory": {"clip": "joint", "weight_decay": 0.3},
+    },
     "memory_plus-adamw-untied-gqa-norms-gate": {"optimizer": "adamw", "ragged": True, "extras": True},
     "peer-row_adam-untied-gqa": {"kind": "peer", "ragged": True},
     "peer-adamw-tied-mha-norms-gate": {"kind": "peer", "optimizer": "adamw", "tied": True, "extras": True},
@@ -70,15 +76,6 @@ def oracle_slots(run: RunConfig, trace: SlotTrace, step: int) -> list[oracle.Slo
 
 def torch_params(parameters: dict[str, np.ndarray]) -> oracle.Params:
     return {name: torch.from_numpy(value.copy()).double() for name, value in parameters.items()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    # The oracle's operations are too small to share.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=[(name, dtype) for name in RUNS for dtype in TOLERANCE], ids="-".join)
@@ -129,7 +126,7 @@ def test_training_matches_oracle(engine: tuple[History, oracle.Params], note_fig
     history, start = engine
     run, dtype = history.run, history.run.train.dtype
     params = {name: param.clone() for name, param in start.items()}
-    state, config, optim = oracle.AdamState(), oracle_config(run), oracle_optim(run)
+    state, config, optim = oracle.OptimState(), oracle_config(run), oracle_optim(run)
     for step, report in enumerate(history.reports):
         batches, replay = oracle_batches(run, step), oracle_slots(run, history.trace, step)
         expected = oracle.step(params, state, batches, config, optim, run.memory.optimizer, replay)

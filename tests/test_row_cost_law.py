@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mempar.memory.optimizer import TableAdam
+from mempar.memory.footprint import state_bytes, values_bytes
+from mempar.memory.optimizer import TableOptimizer
 from mempar.memory.values import ValueShard
 from mempar.runtime.bringup import tear_down
 from mempar.runtime.config import RunConfig
@@ -61,9 +62,9 @@ class AllocationWatch(TorchDispatchMode):
         return outputs
 
 
-def large_table(num_subkeys: int, *, optimizer: str = "row_adam", dtype: str = "float32", **sizes: Any) -> RunConfig:
+def large_table(num_subkeys: int, **settings: Any) -> RunConfig:
     """A table with many times more rows than a step reads."""
-    run = toy_run(optimizer=optimizer, dtype=dtype, micro_batches=4, **sizes)
+    run = toy_run(micro_batches=4, **settings)
     # A micro-batch has one sequence of 8 tokens: 4 x 8 x 2 x 4 = 256 reads a layer and step.
     return replace(
         run,
@@ -118,21 +119,37 @@ def watch(run: RunConfig, steps: int, control: bool = False) -> Watched:
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype"), [*((layout, "float32") for layout in LAYOUTS), ("single", "bf16"), ("grid", "bf16")]
+    ("layout", "settings"),
+    [
+        *((layout, {}) for layout in LAYOUTS),
+        ("single", {"dtype": "bf16"}),
+        ("grid", {"dtype": "bf16"}),
+        ("single", {"memory": {"dtype": "bf16", "rounding": "stochastic", "moments_dtype": "bf16"}}),
+        ("grid", {"optimizer": "row_adagrad", "memory": {"dtype": "bf16", "rounding": "nearest"}}),
+        ("columns", {"optimizer": "row_adagrad"}),
+    ],
+    ids=str,
 )
-def test_ranks_allocate_their_share_and_no_more(layout: str, dtype: str, pool: RankPool) -> None:
+def test_ranks_allocate_their_share_and_no_more(layout: str, settings: dict[str, Any], pool: RankPool) -> None:
     world_size, sizes = LAYOUTS[layout]
-    run = large_table(128, dtype=dtype, **sizes)
+    run = large_table(128, **settings, **sizes)
     placement = place(run, world_size)
     plan = placement.memories["memory"].plan
+    value_bytes = run.value_bytes_of(run.memory)
     whole = plan.num_slots * plan.value_dim
     seen = pool.run(world_size, watch, run, 2)
+    # Parts of equal size: 128 x 128 slots and 24 columns divide by 4.
+    part = plan.part_of(0)
+    # Two moments of 4 bytes, or of 2; one number for a tile of 4 columns; the float32 values of narrower ones.
+    expected = {"row_adam": 8, "row_adagrad": 1}[run.memory.optimizer]
+    expected = 4 if run.memory.moments_dtype == "bf16" else expected
+    expected += 4 if run.table_dtype_of(run.memory) == "bf16" and run.memory.rounding == "master" else 0
     for rank in seen:
         if rank.shard_elements:
             assert rank.shard_elements == whole // plan.num_shards
-            assert rank.table_bytes == run.value_bytes * rank.shard_elements
-            # Two moments in float32, and the float32 values of narrower ones.
-            assert rank.state_bytes == (8 if dtype == "float32" else 12) * rank.shard_elements
+            assert rank.table_bytes == value_bytes * rank.shard_elements == values_bytes(part, value_bytes)
+            assert rank.state_bytes == expected * rank.shard_elements
+            assert rank.state_bytes == state_bytes(run.memory, part, value_bytes)
             assert rank.building[0] <= rank.shard_elements, rank.building
             assert rank.training[0] < rank.shard_elements // 2, rank.training
     copies = len(placement.grid.memory_groups(placement.table_stages))
@@ -177,7 +194,7 @@ def count_step(run: RunConfig, replay: SlotTrace | None) -> Seen:
         counted(ValueShard, "gather"),
         counted(ValueShard, "backward"),
         counted(ValueShard, "take_gradient"),
-        counted(TableAdam, "update"),
+        counted(TableOptimizer, "update"),
     ):
         seen = train(run, 1, replay, ("slots",), observe)
     seen.extra = {"bytes": dict(ledgers[0].sent_bytes), "rows": rows, "elements": dict(elements)}

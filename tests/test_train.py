@@ -36,7 +36,14 @@ LAYOUTS: dict[str, dict[str, int | bool]] = {
 }
 
 
-def toy(paths: tuple[str, ...], *, dtype: str = "float64", optimizer: str = "row_adam", **parallel: Any) -> RunConfig:
+def toy(
+    paths: tuple[str, ...],
+    *,
+    dtype: str = "float64",
+    optimizer: str = "row_adam",
+    memory: dict[str, Any] | None = None,
+    **parallel: Any,
+) -> RunConfig:
     return RunConfig(
         name="toy",
         model=ModelConfig(
@@ -57,6 +64,7 @@ def toy(paths: tuple[str, ...], *, dtype: str = "float64", optimizer: str = "row
             optimizer=optimizer,
             # A window spans the step at which runs are saved and resumed.
             usage_interval=4,
+            **(memory or {}),
         ),
         parallel=ParallelConfig(**parallel),
         optim=OptimConfig(lr=2e-3, warmup_steps=2, schedule="constant"),
@@ -119,16 +127,16 @@ def until(run: RunConfig, steps: int) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype", "optimizer", "ranks"),
+    ("layout", "dtype", "optimizer", "memory", "ranks"),
     [
-        ({}, "float32", "row_adam", 1),
-        ({}, "bf16", "adamw", 2),
-        ({"tp": 2, "mp": 4, "mp_rows": 4}, "float32", "row_adam", 4),
-        ({"distributed_optimizer": True, "mp": 2, "mp_rows": 1}, "float32", "adamw", 2),
-        ({"distributed_optimizer": True, "tp": 2}, "bf16", "row_adam", 4),
-        ({"pp": 2, "vpp": 2}, "float32", "row_adam", 2),
+        ({}, "float32", "row_adam", {"moments_dtype": "bf16", "dtype": "bf16", "rounding": "stochastic"}, 1),
+        ({}, "bf16", "adamw", {}, 2),
+        ({"tp": 2, "mp": 4, "mp_rows": 4}, "float32", "row_adam", {}, 4),
+        ({"distributed_optimizer": True, "mp": 2, "mp_rows": 1}, "float32", "adamw", {}, 2),
+        ({"distributed_optimizer": True, "tp": 2}, "bf16", "row_adam", {}, 4),
+        ({"pp": 2, "vpp": 2}, "float32", "row_adagrad", {"schedule": "linear", "clip": "joint"}, 2),
     ],
-    ids=lambda value: "-".join(value) or "single" if isinstance(value, dict) else str(value),
+    ids=lambda value: "-".join(value) or "none" if isinstance(value, dict) else str(value),
 )
 def test_resume_in_the_same_layout_is_bit_for_bit_the_uninterrupted_run(
     pool: RankPool,
@@ -137,9 +145,10 @@ def test_resume_in_the_same_layout_is_bit_for_bit_the_uninterrupted_run(
     layout: dict[str, Any],
     dtype: str,
     optimizer: str,
+    memory: dict[str, Any],
     ranks: int,
 ) -> None:
-    run = toy(paths, dtype=dtype, optimizer=optimizer, **layout)
+    run = toy(paths, dtype=dtype, optimizer=optimizer, memory=memory, **layout)
     whole = train(pool, run, tmp_path / "whole", ranks=ranks)
     train(pool, until(run, 3), tmp_path / "parts", ranks=ranks)
     parts = train(pool, run, tmp_path / "parts", ranks=ranks, resume=True)
@@ -165,7 +174,9 @@ def test_resume_in_the_same_layout_is_bit_for_bit_the_uninterrupted_run(
 def test_resume_in_another_layout_keeps_the_layout_law(
     pool: RankPool, paths: tuple[str, ...], tmp_path: Path, saved_in: str, resumed_in: str
 ) -> None:
-    optimizer = "adamw" if saved_in == "mp3-rows" else "row_adam"
+    optimizer = {"mp3-rows": "adamw", "tp2-mp4-rows": "row_adagrad", "pp2-mp2-columns": "row_adagrad"}.get(
+        saved_in, "row_adam"
+    )
     whole = train(pool, toy(paths, optimizer=optimizer), tmp_path / "whole")
     train(pool, until(toy(paths, optimizer=optimizer, **LAYOUTS[saved_in]), 3), tmp_path / "parts")
     parts = train(pool, toy(paths, optimizer=optimizer, **LAYOUTS[resumed_in]), tmp_path / "parts", resume=True)
@@ -215,7 +226,7 @@ def test_resume_of_the_distributed_optimizer_on_other_ranks_keeps_the_layout_law
 def test_layout_json_shows_disjoint_slices_that_cover_the_table(
     pool: RankPool, paths: tuple[str, ...], tmp_path: Path
 ) -> None:
-    run = until(toy(paths, mp=6, mp_rows=2, mp_hops=2), 1)
+    run = until(toy(paths, optimizer="row_adagrad", mp=6, mp_rows=2, mp_hops=2), 1)
     train(pool, run, tmp_path / "run")
     report = json.loads((tmp_path / "run" / "layout.json").read_text())
     covered = np.zeros((81, 24), dtype=int)
@@ -225,7 +236,8 @@ def test_layout_json_shows_disjoint_slices_that_cover_the_table(
         height, width = table["rows"][1] - table["rows"][0], table["columns"][1] - table["columns"][0]
         assert table["bytes"] == height * width * 8
         assert table["bytes"] == pytest.approx(81 * 24 * 8 / 6, rel=0.02)
-        assert set(table["state_bytes"].values()) == {table["bytes"]}
+        # A number for each row and tile of 8 columns.
+        assert table["state_bytes"] == {"accumulator": table["bytes"] // 8}
         rank = row["rank"]
         assert row["history_bytes"] == {"memory": height * 4}
         assert row["groups"]["memory"] == [0, 1, 2, 3, 4, 5]
@@ -300,6 +312,15 @@ def test_other_runs_and_other_models_are_refused(pool: RankPool, paths: tuple[st
     distributed = toy(paths, dtype="float32", distributed_optimizer=True)
     with pytest.raises(CheckpointError, match="distributed_optimizer=False"):
         read_meta(checkpoint, distributed)
+    for optimizer, memory, said in (
+        ("row_adagrad", {}, "memory.optimizer is adamw or row_adam there and row_adagrad here"),
+        ("row_adam", {"moments_dtype": "bf16"}, "memory.moments_dtype is float32 there and bf16 here"),
+        ("row_adam", {"dtype": "bf16"}, "memory.dtype is float64 there and bf16 here"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            read_meta(checkpoint, toy(paths, optimizer=optimizer, memory=memory))
+    # They keep the same moments.
+    assert read_meta(checkpoint, toy(paths, optimizer="adamw"))["step"] == 1
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         read_meta(tmp_path, run)
     (checkpoint / "meta.json").write_text('{"format": 1')

@@ -26,6 +26,7 @@ from mempar.runtime.logical import LogicalParameter, logical_parameters
 from mempar.runtime.model import Model, build_model
 from mempar.runtime.moe_config import MoeConfig
 from mempar.runtime.optim import Optimizers, RowGradient, StepReport
+from mempar.runtime.schedule import LrFactors, full_rates
 from mempar.runtime.slot_trace import SlotTrace, SlotTracer
 from mempar.runtime.step import Stepper
 
@@ -42,6 +43,7 @@ def toy_run(
     ragged: bool = False,
     extras: bool = False,
     merge: str = "auto",
+    memory: dict[str, Any] | None = None,
     dtype: str = "float32",
     micro_batches: int = 4,
     global_batch_size: int = 0,
@@ -62,6 +64,7 @@ def toy_run(
             grouped queries, instead of sizes that 2, 3, 4 and 6 divide, with as many groups as heads.
         extras: query/key normalisation and the scalar gate.
         merge: `memory.merge_duplicates` of every memory; `auto` does not merge in tables as small as these.
+        memory: more settings of every memory.
         dtype: of training.
         micro_batches: of the global batch, which has one or two samples in each.
         global_batch_size: samples of the global batch, whatever `micro_batches` says.
@@ -72,6 +75,7 @@ def toy_run(
     """
     # Sequence parallelism cuts sequences into equal shares.
     odd_length = 14 if parallel.get("sequence_parallel") else 15
+    settings = {"merge_duplicates": merge, **(memory or {})}
     return RunConfig(
         model=ModelConfig(
             num_layers=4,
@@ -83,8 +87,8 @@ def toy_run(
             vocab_multiple=16,
             tie_embeddings=tied,
         ),
-        memory=replace(toy_memory(kind, optimizer=optimizer, ragged=ragged, extras=extras), merge_duplicates=merge),
-        more_memories=() if kind != "two" else (replace(_second_memory(optimizer, ragged), merge_duplicates=merge),),
+        memory=replace(toy_memory(kind, optimizer=optimizer, ragged=ragged, extras=extras), **settings),
+        more_memories=() if kind != "two" else (replace(_second_memory(optimizer, ragged), **settings),),
         moe=toy_experts(kind, experts or {}),
         train=TrainConfig(
             dtype=dtype,
@@ -212,14 +216,14 @@ class Watched(Optimizers):
         super().__init__(run, world, model)
         self.seen, self.watching = seen, True
 
-    def _apply(self, factor: float, report: StepReport, gradients: dict[str, RowGradient]) -> None:
+    def _apply(self, factors: LrFactors, report: StepReport, gradients: dict[str, RowGradient]) -> None:
         if self.watching:
             self.watching = False
             self.seen.gradients = whole_parameters(self.run, self.model, finalised_gradients(self.run, self.model))
             self.seen.row_gradients = {
                 name: (rows.numpy().copy(), grads.numpy().copy()) for name, (rows, grads) in gradients.items()
             }
-        super()._apply(factor, report, gradients)
+        super()._apply(factors, report, gradients)
 
 
 def finalised_gradients(run: RunConfig, model: Model) -> Callable[[LogicalParameter], Tensor]:
@@ -314,9 +318,8 @@ class Session:
 
     def step(self, step: int) -> StepReport:
         self.tracer.step = step
-        return self.stepper.train(
-            batches_of(self.run, step, dp_rank=self.grid.dp_rank(self.world.rank), dp=self.grid.dp), 1.0
-        )
+        batches = batches_of(self.run, step, dp_rank=self.grid.dp_rank(self.world.rank), dp=self.grid.dp)
+        return self.stepper.train(batches, full_rates(self.run))
 
 
 def _readable(tensor: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ quotient: `[S/R, D/W]`. `slot_index` counts rows of the whole table, `row_index`
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 def even_cuts(total: int, num_parts: int) -> list[int]:
@@ -59,3 +59,19 @@ class TableSlice:
     def num_columns(self) -> int:
         """D_j, columns of this shard."""
         return self.column_end - self.column_start
+
+
+def column_tiles(part: TableSlice, tile: int) -> TableSlice:
+    """The slice of a tensor `[S, ceil(D / tile)]`, one number a row and tile, that belongs to a slice of the table.
+
+    Args:
+        part: a slice that starts and ends on a tile or at the end of the table.
+        tile: columns of a tile.
+    """
+    assert part.column_start % tile == 0 and part.column_end in (part.value_dim, part.column_end // tile * tile)
+    return replace(
+        part,
+        value_dim=-(-part.value_dim // tile),
+        column_start=part.column_start // tile,
+        column_end=-(-part.column_end // tile),
+    )

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from mempar.errors import ConfigError
 
 VARIANTS = ("memory", "memory_plus", "peer")
-OPTIMIZERS = ("adamw", "row_adam")
+OPTIMIZERS = ("adamw", "row_adam", "row_adagrad")
+# The settings that take one of a few words; an empty word leaves the choice to the run's other settings.
+_CHOICES = {
+    "variant": VARIANTS,
+    "optimizer": OPTIMIZERS,
+    "dtype": ("", "float32", "bf16"),
+    "rounding": ("master", "stochastic", "nearest"),
+    "moments_dtype": ("float32", "bf16"),
+    "clip": ("own", "joint"),
+}
 MERGING = ("auto", "on", "off")
 
 
@@ -32,11 +41,21 @@ class MemoryConfig:
         value_dim: D; 0 means the model's width. `memory` and `peer` need D equal to the model's width.
         qk_norm: RMS-normalise queries and keys before they meet.
         scalar_gate: scale the output by sigmoid of one learned projection of the input.
-        optimizer: `adamw` (exact, dense) or `row_adam` (moments and values change in touched rows
-            only).
-        lr: peak learning rate of the values; 0 means ten times the dense one.
+        dtype: of the table and of what is sent for it: empty (the training dtype), `bf16` or `float32`.
+        rounding: of a bf16 table's updates: `master` (float32 values beside them), `stochastic` (no master,
+            unbiased) or `nearest` (no master; loses small updates, for comparison).
+        optimizer: `adamw` (exact, dense), `row_adam` or `row_adagrad` (state and values change in touched rows
+            only); memory/optimizer has the formulas.
+        moments_dtype: of row_adam's moments: `float32` (at least) or `bf16`.
+        lr: peak learning rate of the values; 0 means `lr_multiplier` times the dense one.
+        lr_multiplier: see `lr`.
+        schedule: of the values' learning rate, with optim's warm-up, floor and ends; empty means the dense one.
         weight_decay: decoupled decay of the values; negative means the dense one.
-        clip_grad: limit of the gradient norm of the values alone; 0 turns it off.
+        clip: `own` limits the values' gradient norm alone to `clip_grad`; `joint` limits the norm of dense and
+            values' gradients together to optim.clip_grad.
+        clip_grad: limit under `clip=own`; 0 turns it off.
+        deposit_bytes: bytes of gradient records that a rank keeps before it sums them by row; 0 keeps all until
+            the end of the step.
         merge_duplicates: whether reads of a token that chose the same slot (in different heads) travel as one:
             `auto` (where that pays, see `parallel/cost.py`), `on` or `off`.
         balance_loss: coefficient of the loss that asks for even reads (see balance.py); 0 turns it off.
@@ -58,11 +77,18 @@ class MemoryConfig:
     value_dim: int = 0
     qk_norm: bool = False
     scalar_gate: bool = False
+    dtype: str = ""
+    rounding: str = "master"
     optimizer: str = "row_adam"
+    moments_dtype: str = "float32"
     lr: float = 0.0
+    lr_multiplier: float = 10.0
+    schedule: str = ""
     weight_decay: float = -1.0
+    clip: str = "own"
     clip_grad: float = 1.0
     merge_duplicates: str = "auto"
+    deposit_bytes: int = 0
     column_tile: int = 128
     usage_interval: int = 100
     balance_loss: float = 0.0
@@ -70,15 +96,12 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         """Check every setting that does not depend on the rest of the run."""
-        if self.variant not in VARIANTS:
+        for name, choices in _CHOICES.items():
+            self._check_choice(name, choices)
+        if self.moments_dtype != "float32" and self.optimizer != "row_adam":
             raise ConfigError(
-                f"memory.variant={self.variant} is not known; it is one of {', '.join(VARIANTS)}; "
-                "set memory.variant to one of these."
-            )
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(
-                f"memory.optimizer={self.optimizer} is not known; it is one of {', '.join(OPTIMIZERS)}; "
-                "set memory.optimizer to one of these."
+                f"memory.moments_dtype={self.moments_dtype} with memory.optimizer={self.optimizer}: only row_adam's "
+                "moments can be narrower than float32; use memory.optimizer=row_adam or memory.moments_dtype=float32."
             )
         if self.merge_duplicates not in MERGING:
             raise ConfigError(
@@ -100,7 +123,7 @@ class MemoryConfig:
                 f"memory.layers={list(self.layers)} must be distinct and ascending; "
                 "write each block once, lowest first."
             )
-        for name in ("value_dim", "lr", "clip_grad", "balance_loss", "check_interval"):
+        for name in ("value_dim", "lr", "clip_grad", "deposit_bytes", "balance_loss", "check_interval"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(
                     f"memory.{name}={getattr(self, name)} must be a number of at least 0; 0 takes its default or "
@@ -111,8 +134,21 @@ class MemoryConfig:
                 f"memory.usage_interval={self.usage_interval} is negative; it is a number of steps, and 0 never "
                 "reports; use a number of at least 0."
             )
+        if not 0 < self.lr_multiplier < math.inf:
+            raise ConfigError(
+                f"memory.lr_multiplier={self.lr_multiplier} must be a positive number; the values learn at that many "
+                "times the dense rate; raise it, or set memory.lr."
+            )
         if not -math.inf < self.weight_decay < math.inf:
             raise ConfigError(f"memory.weight_decay={self.weight_decay} must be finite; a negative one takes optim's.")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ConfigError(
+                f"memory.{name}={value} is not known; it is one of {', '.join(filter(None, choices))}; "
+                f"set memory.{name} to one of these."
+            )
 
     @property
     def table_names(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mempar.memory.splitmix import GOLDEN_GAMMA, mix, name_key
+from mempar.memory.hashing import GOLDEN_GAMMA, mix, name_key
 
 # Elements hashed at a time: bounds the temporaries (8 bytes each, a few of them) to some 50 MB.
 _CHUNK_ELEMENTS = 1 << 20

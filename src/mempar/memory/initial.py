@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mempar.dims import TableSlice
-from mempar.memory.splitmix import GOLDEN_GAMMA, mix, shift_right
+from mempar.memory.hashing import hashed_bits, shift_right
 
 # Elements made at a time: bounds the temporaries (8 bytes each, a few of them) to some 100 MB.
 _CHUNK_ELEMENTS = 1 << 21
@@ -27,9 +27,7 @@ def hashed_normal(seed: int, slot: Tensor, column: Tensor) -> Tensor:
     Returns:
         `[rows, columns] float64`, by Box and Muller from two 32-bit halves of one 64-bit hash.
     """
-    key = mix(torch.tensor(seed, dtype=torch.int64, device=slot.device))
-    row_key = mix(slot * GOLDEN_GAMMA + key)
-    bits = mix(row_key[:, None] + (column * GOLDEN_GAMMA)[None, :])
+    bits = hashed_bits((seed,), slot, column)
     radius = shift_right(bits, 32).double().add_(1.0).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
     angle = bits.bitwise_and_(0xFFFFFFFF).double().mul_(2.0**-32 * 2.0 * math.pi).cos_()
     return radius.mul_(angle)

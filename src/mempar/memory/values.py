@@ -4,15 +4,21 @@ The table is neither a Parameter nor a buffer: megatron would cast it, broadcast
 over the others and allocate a dense float32 gradient. Backward deposits records (row, weight, bag,
 output gradient); after the last micro-batch they are reduced by row. Several layers may read the
 same shard, and it must not change before all of them are differentiated, so nothing is updated here.
+
+A record keeps the output gradient of its tokens: D_j numbers a token and about 12 bytes an entry. Over
+many micro-batches that outgrows what is left once records of the same row are summed, D_j float32
+numbers for each touched row, at most the shard's; `deposit_bytes` bounds it. Summing early pays where
+tokens of a step outnumber the rows that they touch.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mempar.dims import TableSlice
-from mempar.kernels.reduce_rows import reduce_rows
+from mempar.kernels.reduce_rows import reduce_row_parts
 from mempar.kernels.weighted_gather import bag_of_entries, gather_scores, weighted_gather
 from mempar.memory.initial import table_values
 
@@ -24,6 +30,11 @@ class _Record:
     bag_index: Tensor  # [E] int32, rows of grad
     grad: Tensor  # [B, D_j]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.row_index, self.weight, self.bag_index, self.grad))
+
 
 class ValueShard:
     """Rows and columns of one table, held by this rank.
@@ -34,12 +45,31 @@ class ValueShard:
     """
 
     def __init__(
-        self, part: TableSlice, *, seed: int, number: int = 0, dtype: torch.dtype, device: torch.device
+        self,
+        part: TableSlice,
+        *,
+        seed: int,
+        number: int = 0,
+        dtype: torch.dtype,
+        device: torch.device,
+        deposit_bytes: int = 0,
     ) -> None:
-        """Make the initial values of a shard of table `number`, which do not depend on how it is cut."""
+        """Make the initial values of a shard of table `number`, which do not depend on how it is cut.
+
+        Args:
+            part: the slice to hold.
+            seed: of the values.
+            number: of the table in its model.
+            dtype: of the values.
+            device: where they lie.
+            deposit_bytes: records beyond this are summed by row; 0 keeps all until the end of the step.
+        """
         self.part = part
         self.values = table_values(part, seed=seed, number=number, dtype=dtype, device=device)
+        self.deposit_bytes = deposit_bytes
         self._records: list[_Record] = []
+        # Records that were summed early, as one record of weight 1 for each row; it stays first.
+        self._summed: _Record | None = None
 
     def gather(self, row_index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         """Weighted sums `[B, D_j]` of this shard's rows; see `weighted_gather`."""
@@ -58,7 +88,7 @@ class ValueShard:
             `[E]` partial gradient of the weights, from this shard's columns.
         """
         grad = grad.contiguous()
-        self._records.append(_Record(row_index, weight, bag_of_entries(offsets), grad))
+        self._deposit(_Record(row_index, weight, bag_of_entries(offsets), grad))
         return gather_scores(self.values, row_index, offsets, grad)
 
     def dot(self, row_index: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
@@ -86,7 +116,7 @@ class ValueShard:
         Returns:
             `[B, D_j]` partial gradient of `x`, from this shard's rows.
         """
-        self._records.append(_Record(row_index, grad, bag_of_entries(offsets), x))
+        self._deposit(_Record(row_index, grad, bag_of_entries(offsets), x))
         return weighted_gather(self.values, row_index, grad, offsets)
 
     def take_gradient(self) -> tuple[Tensor, Tensor]:
@@ -96,28 +126,35 @@ class ValueShard:
             `rows [U] int32`, ascending, and their gradients `[U, D_j]`, in float32 at least; empty when
             nothing was read.
         """
-        records, self._records = self._records, []
+        records = self._all_records()
+        self._records, self._summed = [], None
         wide = torch.promote_types(self.values.dtype, torch.float32)
         if not records:
             none = torch.zeros(0, dtype=torch.int32, device=self.values.device)
             return none, self.values.new_zeros(0, self.part.num_columns, dtype=wide)
-        first_bag = 0
-        bags = []
-        for record in records:
-            bags.append(record.bag_index + first_bag)
-            first_bag += len(record.grad)
-        return reduce_rows(
+        first_bags = itertools.accumulate((len(record.grad) for record in records), initial=0)
+        return reduce_row_parts(
             torch.cat([record.row_index for record in records]),
-            torch.cat([record.weight for record in records]).to(wide),
-            torch.cat(bags),
-            torch.cat([record.grad for record in records]).to(wide),
+            torch.cat([record.weight.to(wide) for record in records]),
+            torch.cat([record.bag_index + first for record, first in zip(records, first_bags, strict=False)]),
+            [record.grad for record in records],
         )
+
+    def _deposit(self, record: _Record) -> None:
+        self._records.append(record)
+        if self.deposit_bytes and sum(each.num_bytes for each in self._records) > self.deposit_bytes:
+            self._sum_early()
+
+    def _sum_early(self) -> None:
+        """Replace all records by one for each row; when that happens depends on the records' sizes alone."""
+        rows, grad = self.take_gradient()
+        each = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+        self._summed = _Record(rows, torch.ones_like(each, dtype=grad.dtype), each, grad)
+
+    def _all_records(self) -> list[_Record]:
+        return [*([] if self._summed is None else [self._summed]), *self._records]
 
     @property
     def record_bytes(self) -> int:
-        """Bytes held by records that were not yet reduced."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for record in self._records
-            for tensor in (record.row_index, record.weight, record.bag_index, record.grad)
-        )
+        """Bytes held by what was deposited and not yet taken."""
+        return sum(record.num_bytes for record in self._all_records())

@@ -1,8 +1,9 @@
 """Saving and loading through megatron's distributed checkpoint, into any parallel layout.
 
 Dense parameters and their optimizer state are megatron's own sharded tensors; tables and their
-moments are blocks of logical tensors `[S, D]` placed by their row and column, so that any cut of a
-table reads what it needs. A checkpoint is written beside its final name and renamed when whole.
+optimizers' state are blocks of logical tensors (`[S, D]`, or `[S, tiles of D]` for statistics of tiles),
+placed by their row and column, so that any cut of a table reads what it needs. A checkpoint is written
+beside its final name and renamed when whole.
 """
 
 import os
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import mempar
+from mempar.dims import TableSlice
 from mempar.runtime import mcore
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
@@ -148,7 +150,7 @@ def _sharded_state(model: Model, optimizers: Optimizers, with_history: list[str]
                 group or mcore.LocalNonpersistentObject([]) for group in member["fp32_from_fp16_params"]
             ]
     state["tables"] = {
-        key: _table_block(key, tensor, table)
+        key: _table_block(key, tensor, optimizers.place_of(table, key), table)
         for table in model.tables
         for key, tensor in _table_tensors(table, optimizers).items()
     }
@@ -186,8 +188,7 @@ def _table_tensors(table: Table, optimizers: Optimizers) -> dict[str, Tensor]:
     return {table.name: table.shard.values, **state}
 
 
-def _table_block(key: str, tensor: Tensor, table: Table) -> Any:
-    part = table.shard.part
+def _table_block(key: str, tensor: Tensor, part: TableSlice, table: Table) -> Any:
     return mcore.ShardedTensor(
         key=key,
         data=tensor,

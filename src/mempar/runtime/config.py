@@ -365,6 +365,14 @@ class RunConfig:
                 f"`{memory.variant}` adds values to the residual stream as they are; use 0, or "
                 f"{name}.variant=memory_plus."
             )
+        if memory.schedule:
+            _one_of(name, memory, "schedule", SCHEDULES)
+        dtype = self.table_dtype_of(memory)
+        if memory.rounding != "master" and dtype != "bf16":
+            raise ConfigError(
+                f"{name}.rounding={memory.rounding} with a table in {dtype}: only updates of bf16 values "
+                f"are rounded; set {name}.dtype=bf16, or {name}.rounding=master."
+            )
 
     def _check_tensor_parallel(self) -> None:
         tp, model = self.parallel.tp, self.model
@@ -414,14 +422,17 @@ class RunConfig:
         """F, the width of one expert."""
         return self.moe.ffn_hidden_size or self.model.ffn_hidden_size
 
-    @property
-    def value_bytes(self) -> int:
-        """b, bytes of one table element in lookups."""
-        return {"float64": 8, "float32": 4, "bf16": 2}[self.train.dtype]
+    def table_dtype_of(self, memory: MemoryConfig) -> str:
+        """The dtype of a memory's tables: that of training unless set."""
+        return memory.dtype or self.train.dtype
+
+    def value_bytes_of(self, memory: MemoryConfig) -> int:
+        """b, bytes of one element of a memory's tables, there and on its way."""
+        return {"float64": 8, "float32": 4, "bf16": 2}[self.table_dtype_of(memory)]
 
     def values_lr_of(self, memory: MemoryConfig) -> float:
-        """Peak learning rate of a memory's values: ten times the dense one unless set."""
-        return memory.lr or 10.0 * self.optim.lr
+        """Peak learning rate of a memory's values: a multiple of the dense one unless set."""
+        return memory.lr or memory.lr_multiplier * self.optim.lr
 
     def values_weight_decay_of(self, memory: MemoryConfig) -> float:
         """Decoupled weight decay of a memory's values: the dense one unless set."""

@@ -68,10 +68,9 @@ def is_due(interval: int, step: int) -> bool:
 
 def _dense_differences(run: RunConfig, model: Model) -> list[str]:
     state, tp = mcore.parallel_state, run.parallel.tp
+    ranks = {"tp_rank": state.get_tensor_model_parallel_rank(), "ep_rank": state.get_expert_model_parallel_rank()}
     parameters = [
-        (logical.name, logical.param)
-        for chunk in model.chunks
-        for logical in logical_parameters(chunk, tp=tp, tp_rank=state.get_tensor_model_parallel_rank())
+        (logical.name, logical.param) for chunk in model.chunks for logical in logical_parameters(chunk, tp=tp, **ranks)
     ]
     # Megatron marks experts, which have a group of their own.
     everywhere = {name: param for name, param in parameters if getattr(param, "allreduce", True)}

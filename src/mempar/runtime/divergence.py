@@ -149,8 +149,9 @@ def _main_parameters(member: Any) -> Iterator[tuple[Any, Any]]:
 
 def _named_parameters(optimizers: Optimizers) -> Iterator[tuple[str, Any]]:
     for chunk in optimizers.model.chunks:
-        tp_rank = mcore.parallel_state.get_tensor_model_parallel_rank()
-        for logical in logical_parameters(chunk, tp=optimizers.run.parallel.tp, tp_rank=tp_rank):
+        state, tp = mcore.parallel_state, optimizers.run.parallel.tp
+        ranks = {"tp_rank": state.get_tensor_model_parallel_rank(), "ep_rank": state.get_expert_model_parallel_rank()}
+        for logical in logical_parameters(chunk, tp=tp, **ranks):
             if logical.param.requires_grad:
                 yield logical.name, logical.param
 

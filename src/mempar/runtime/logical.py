@@ -64,7 +64,7 @@ class LogicalParameter:
         return torch.cat([piece for half in zip(*split, strict=True) for piece in half], self.dim)
 
 
-def logical_parameters(model: Any, *, tp: int, tp_rank: int, ep_rank: int = 0) -> Iterator[LogicalParameter]:
+def logical_parameters(model: Any, *, tp: int, tp_rank: int, ep_rank: int) -> Iterator[LogicalParameter]:
     """Walk over the parameters of one chunk of a GPTModel (not wrapped in DDP or Float16Module).
 
     Args:

@@ -14,14 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mempar.memory.optimizer import AdamSettings, TableAdam
+from mempar.dims import TableSlice
+from mempar.memory.optimizer import OptimizerSettings, TableOptimizer, make_table_optimizer
 from mempar.memory.usage import RowHistory
 from mempar.parallel.gradsync import sum_over_copies
 from mempar.runtime import mcore
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
 from mempar.runtime.model import Model
+from mempar.runtime.schedule import LrFactors
 from mempar.runtime.tables import TORCH_DTYPES, Table
+
+# Elements of a gradient that are squared at a time.
+_NORM_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +92,7 @@ class Optimizers:
             model.wrapped,
         )
         model.transformer.grad_scale_func = self.dense.scale_loss
-        self.tables = {table.name: self._table_optimizer(table) for table in model.tables}
+        self.tables = {table.name: table_optimizer(run, table) for table in model.tables}
         # All tables of a memory are read at the same rows.
         self.histories = {
             table.memory: RowHistory(table.shard.part.num_rows, world.device)
@@ -95,15 +100,16 @@ class Optimizers:
             if table.config.usage_interval
         }
 
-    def _table_optimizer(self, table: Table) -> TableAdam:
-        run = self.run
-        settings = AdamSettings(
-            beta1=run.optim.beta1,
-            beta2=run.optim.beta2,
-            eps=run.optim.eps,
-            weight_decay=run.values_weight_decay_of(table.config),
-        )
-        return TableAdam(table.shard.values, settings, touched_only=table.config.optimizer == "row_adam")
+    def place_of(self, table: Table, key: str) -> TableSlice:
+        """Where a tensor of a table, its values or state, lies in what all shards make up.
+
+        Args:
+            table: the table.
+            key: the table's name, or that and the state's.
+        """
+        if key == table.name:
+            return table.shard.part
+        return self.tables[table.name].place_of(key.removeprefix(f"{table.name}."))
 
     @property
     def members(self) -> list[Any]:
@@ -111,11 +117,13 @@ class Optimizers:
         return list(getattr(self.dense, "chained_optimizers", [self.dense]))
 
     @torch.no_grad()
-    def step(self, factor: float, num_tokens: Tensor, loss_sum: Tensor, inspect: Inspector | None = None) -> StepReport:
+    def step(
+        self, factors: LrFactors, num_tokens: Tensor, loss_sum: Tensor, inspect: Inspector | None = None
+    ) -> StepReport:
         """Apply the gradients of one global batch.
 
         Args:
-            factor: share of the peak learning rates.
+            factors: shares of the peak learning rates.
             num_tokens: unmasked tokens of the global batch, as left by megatron's finalisation.
             loss_sum: `[] float64`, sum of this rank's token losses; zero off the last stage.
             inspect: called in between, when all numbers are known and nothing is changed yet.
@@ -149,7 +157,7 @@ class Optimizers:
         if inspect is not None:
             inspect(report, gradients)
         if report.applied:
-            self._apply(factor, report, gradients)
+            self._apply(factors, report, gradients)
         return report
 
     def _balance_totals(self) -> Tensor:
@@ -201,19 +209,19 @@ class Optimizers:
         rest = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for table in self.model.tables:
             total = totals[table.memory] if table.copies.rank == 0 else rest
-            for block in gradients[table.name][1].split(4096):
+            for block in gradients[table.name][1].split(max(1, _NORM_ELEMENTS // table.shard.part.num_columns)):
                 total += block.double().square().sum()
         return list(totals.values()), rest
 
-    def _apply(self, factor: float, report: StepReport, gradients: dict[str, RowGradient]) -> None:
-        scale = clip_factor(self.run.optim.clip_grad, report.grad_norm)
+    def _apply(self, factors: LrFactors, report: StepReport, gradients: dict[str, RowGradient]) -> None:
+        scale, values_scales = clip_factors(self.run, report.grad_norm, report.memory_grad_norms)
         for member in self.members:
             if scale < 1.0:
                 main_grads = [param.grad for param in member.get_parameters() if param.grad is not None]
                 if main_grads:
                     torch._foreach_mul_(main_grads, scale)
             for group in member.param_groups:
-                group["lr"] = factor * self.run.optim.lr
+                group["lr"] = factors.dense * self.run.optim.lr
                 # In megatron its learning-rate scheduler, which is not used here, applies this multiplier:
                 # 0 for norms and biases.
                 multiplier = group["wd_mult"] if "wd_mult" in group else group["pre_wd_mult"]
@@ -221,8 +229,39 @@ class Optimizers:
             member.step_with_ready_grads()
         for table in self.model.tables:
             rows, grads = gradients[table.name]
-            grads.mul_(clip_factor(table.config.clip_grad, report.memory_grad_norms[table.memory]))
-            self.tables[table.name].update(rows, grads, factor * self.run.values_lr_of(table.config))
+            grads.mul_(values_scales[table.memory])
+            rate = factors.values[table.memory] * self.run.values_lr_of(table.config)
+            self.tables[table.name].update(rows, grads, rate)
+
+
+def table_optimizer(run: RunConfig, table: Table) -> TableOptimizer:
+    """Make the optimizer of one shard as a run wants it."""
+    config = table.config
+    settings = OptimizerSettings(
+        beta1=run.optim.beta1,
+        beta2=run.optim.beta2,
+        eps=run.optim.eps,
+        weight_decay=run.values_weight_decay_of(config),
+        moments=config.moments_dtype,
+        rounding=config.rounding,
+        column_tile=config.column_tile,
+        # No two tables of a model round with the same bits.
+        seed=run.train.seed + (table.number << 32),
+    )
+    return make_table_optimizer(config.optimizer, table.shard.values, table.shard.part, settings)
+
+
+def clip_factors(
+    run: RunConfig, grad_norm: float, memory_grad_norms: dict[str, float]
+) -> tuple[float, dict[str, float]]:
+    """What the dense gradient and each memory's are multiplied by: for its own norm, or for the joint one."""
+    joint = [name for name, memory in run.memories.items() if memory.clip == "joint"]
+    together = clip_factor(run.optim.clip_grad, math.hypot(grad_norm, *(memory_grad_norms[name] for name in joint)))
+    values = {
+        name: together if name in joint else clip_factor(memory.clip_grad, memory_grad_norms[name])
+        for name, memory in run.memories.items()
+    }
+    return together, values
 
 
 def _is_of_experts(member: Any) -> bool:

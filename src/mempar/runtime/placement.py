@@ -193,7 +193,9 @@ def _row_shards(config: RunConfig) -> tuple[int, str]:
     width = sum(len(memory.layers) * config.value_dim_of(memory) for memory in memories)
     layers = sum(len(memory.layers) for memory in memories)
     tiles = min(-(-config.value_dim_of(memory) // memory.column_tile) for memory in memories)
-    fewer = columns_send_fewer_bytes(value_dim=width, reads=reads, value_bytes=config.value_bytes)
+    # Tables of other widths of numbers are judged as the first.
+    value_bytes = config.value_bytes_of(config.memory)
+    fewer = columns_send_fewer_bytes(value_dim=width, reads=reads, value_bytes=value_bytes)
     read = f"D={width / layers:g}, M={reads / layers:g}"
     if fewer and tiles >= mp:
         return 1, f"{mp} column shards, which send fewer bytes than rows at {read}"

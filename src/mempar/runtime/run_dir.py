@@ -152,6 +152,13 @@ def read_meta(checkpoint: Path, run: RunConfig) -> dict:
             f"{checkpoint} was saved with train.dtype={saved.train.dtype}, this run sets {run.train.dtype}; "
             "states are kept in other precisions; set it as it was."
         )
+    before, now = _table_state(saved), _table_state(run)
+    differing = [f"{key} is {before[key]} there and {now[key]} here" for key in now if before.get(key) != now[key]]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint} keeps another state of the table: {'; '.join(differing)}; it cannot be turned into this "
+            "one; set them as they were."
+        )
     return meta
 
 
@@ -159,6 +166,22 @@ def describe_checkpoint(run: RunConfig, checkpoint: Path, meta: dict) -> None:
     """Write what `read_meta` reads, last of all files."""
     (checkpoint / "config.yaml").write_text(to_yaml(run))
     (checkpoint / "meta.json").write_text(json.dumps({"format": 1, **meta}, indent=1) + "\n")
+
+
+def _table_state(run: RunConfig) -> dict[str, str | int]:
+    """The settings that decide which tensors hold tables and their optimizers' state."""
+    settings: dict[str, str | int] = {}
+    for name, memory in run.memories.items():
+        dtype = run.table_dtype_of(memory)
+        settings |= {f"{name}.dtype": dtype, f"{name}.moments_dtype": memory.moments_dtype}
+        if dtype == "bf16":
+            # Without a master, either rounding goes on from the same values.
+            settings[f"{name}.rounding"] = "master" if memory.rounding == "master" else "stochastic or nearest"
+        # adamw and row_adam keep the same moments.
+        settings[f"{name}.optimizer"] = "row_adagrad" if memory.optimizer == "row_adagrad" else "adamw or row_adam"
+        if memory.optimizer == "row_adagrad":
+            settings[f"{name}.column_tile"] = memory.column_tile
+    return settings
 
 
 def _write_config(directory: RunDir, run: RunConfig) -> None:

@@ -1,15 +1,38 @@
 """Learning-rate schedules as pure functions of the step, so that resuming needs no state."""
 
 import math
+from dataclasses import replace
+from typing import NamedTuple
 
-from mempar.runtime.config import OptimConfig
+from mempar.runtime.config import OptimConfig, RunConfig
+
+
+class LrFactors(NamedTuple):
+    """Shares of the peak learning rates: of the dense parameters, and of each memory's values by its name."""
+
+    dense: float
+    values: dict[str, float]
+
+
+def full_rates(run: RunConfig) -> LrFactors:
+    """The peaks themselves: for steps outside any schedule, in benchmarks and tests."""
+    return LrFactors(1.0, dict.fromkeys(run.memories, 1.0))
+
+
+def lr_factors(run: RunConfig, step: int) -> LrFactors:
+    """Shares of the peaks at a 0-based step; values may follow another curve (`memory.schedule`)."""
+    own = {
+        name: replace(run.optim, schedule=memory.schedule or run.optim.schedule)
+        for name, memory in run.memories.items()
+    }
+    values = {name: lr_factor(optim, step, run.train.steps) for name, optim in own.items()}
+    return LrFactors(lr_factor(run.optim, step, run.train.steps), values)
 
 
 def lr_factor(optim: OptimConfig, step: int, total_steps: int) -> float:
     """Share of the peak learning rate at a step.
 
-    The dense parameters and the values follow the same curve, each from its own peak; the floor is
-    `min_lr / lr` for both.
+    The dense parameters and the values each start from their own peak; the floor is `min_lr / lr` for both.
 
     Args:
         optim: warm-up, decay and floor.

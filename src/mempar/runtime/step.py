@@ -17,6 +17,7 @@ from mempar.runtime.config import RunConfig
 from mempar.runtime.data import Batch
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Inspector, Optimizers, StepReport
+from mempar.runtime.schedule import LrFactors
 
 
 class Stepper:
@@ -35,12 +36,12 @@ class Stepper:
         # Megatron has just reduced it over the data-parallel ranks, in place.
         self._num_tokens = num_tokens
 
-    def train(self, batches: list[Batch], factor: float, inspect: Inspector | None = None) -> StepReport:
+    def train(self, batches: list[Batch], factors: LrFactors, inspect: Inspector | None = None) -> StepReport:
         """Train on this rank's share of a global batch.
 
         Args:
             batches: this rank's micro-batches, equally many on every rank.
-            factor: share of the peak learning rates.
+            factors: shares of the peak learning rates.
             inspect: see `Optimizers.step`.
 
         Returns:
@@ -52,7 +53,7 @@ class Stepper:
         self.optimizers.dense.zero_grad()
         loss_sum, _ = self._schedule(batches, forward_only=False)
         assert self._num_tokens is not None
-        return self.optimizers.step(factor, self._num_tokens, loss_sum, inspect)
+        return self.optimizers.step(factors, self._num_tokens, loss_sum, inspect)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> tuple[float, int]:

@@ -39,6 +39,7 @@ class Table:
         name: of the whole table, e.g. `memory.values`.
         memory: name of the memory that it belongs to.
         config: that memory's settings.
+        number: place among all tables of the model.
         shard: the rows and columns on this rank.
         copies: the ranks that hold the same rows and columns.
     """
@@ -46,6 +47,7 @@ class Table:
     name: str
     memory: str
     config: MemoryConfig
+    number: int
     shard: ValueShard
     copies: MemberGroup
 
@@ -101,6 +103,7 @@ def make_tables(run: RunConfig, world: World, in_flight: InFlight) -> tuple[list
                     name=f"{name}.{part_name}",
                     memory=name,
                     config=config,
+                    number=number,
                     shard=_make_shard(run, world, name, number),
                     copies=world.groups.copies[place],
                 )
@@ -119,8 +122,9 @@ def _make_shard(run: RunConfig, world: World, memory: str, number: int) -> Value
         world.placement.memories[memory].plan.part_of(world.groups.memory.rank),
         seed=run.train.seed,
         number=number,
-        dtype=TORCH_DTYPES[run.train.dtype],
+        dtype=TORCH_DTYPES[run.table_dtype_of(run.memories[memory])],
         device=world.device,
+        deposit_bytes=run.memories[memory].deposit_bytes,
     )
 
 

@@ -17,7 +17,7 @@ from mempar.runtime.optim import Optimizers, StepReport
 from mempar.runtime.progress import Progress
 from mempar.runtime.rollback import Watch
 from mempar.runtime.run_dir import RunDir, read_meta
-from mempar.runtime.schedule import lr_factor
+from mempar.runtime.schedule import LrFactors, lr_factors
 from mempar.runtime.size import model_size
 from mempar.runtime.step import Stepper
 from mempar.runtime.tokenizer import vocab_size
@@ -107,9 +107,9 @@ class Trainer:
             dp=grid.dp,
             device=self.world.device,
         )
-        factor = lr_factor(self.run.optim, progress.step, train.steps)
+        factors = lr_factors(self.run, progress.step)
         self.usage.watch(progress.step + 1)
-        report = self.stepper.train(batches, factor, self.watch.inspect)
+        report = self.stepper.train(batches, factors, self.watch.inspect)
         progress.advance(
             applied=report.applied,
             loss=report.loss,
@@ -119,7 +119,7 @@ class Trainer:
         )
         usage = self.usage.report(progress.step)
         if self.world.is_main:
-            self._record(report, factor, time.monotonic() - started, usage)
+            self._record(report, factors, time.monotonic() - started, usage)
 
     def _went_back(self) -> bool:
         """Tell of a spike and roll back if that is what to do; every rank must call it."""
@@ -140,20 +140,20 @@ class Trainer:
             self.log.write({**event, "rollbacks": rollbacks, "next_sample": self.progress.samples})
         return True
 
-    def _record(self, report: StepReport, factor: float, seconds: float, usage: dict[str, float]) -> None:
+    def _record(self, report: StepReport, factors: LrFactors, seconds: float, usage: dict[str, float]) -> None:
         assert self.log is not None and self.terminal is not None
         row: dict[str, Any] = {
             "step": self.progress.step,
             "loss": report.loss,
             "grad_norm": report.grad_norm,
-            "lr": factor * self.run.optim.lr,
+            "lr": factors.dense * self.run.optim.lr,
             "tokens": self.progress.tokens,
             "seconds": seconds,
             "tokens_per_s": report.tokens / seconds,
         }
         for name, memory in self.run.memories.items():
             row[f"{name}_grad_norm"] = report.memory_grad_norms[name]
-            row[f"{name}_lr"] = factor * self.run.values_lr_of(memory)
+            row[f"{name}_lr"] = factors.values[name] * self.run.values_lr_of(memory)
             if memory.balance_loss:
                 row[f"{name}_balance_loss"] = report.balance_losses[name]
         if self.progress.skipped:

@@ -3,10 +3,17 @@
 The sum is in entry order (the sort is stable), so the result does not vary from run to run.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mempar.kernels.weighted_gather import weighted_gather
+
+# Elements of gradient parts and sums that are made at a time, and the least width of a block of columns (below
+# it reading rows wastes cache lines).
+_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_COLUMNS = 32
 
 
 def reduce_rows(row_index: Tensor, weight: Tensor, bag_index: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,8 +28,58 @@ def reduce_rows(row_index: Tensor, weight: Tensor, bag_index: Tensor, grad: Tens
     Returns:
         `rows [U]`, ascending, and their sums `[U, D']`.
     """
+    rows, order, offsets = _sort_entries(row_index)
+    return rows, weighted_gather(grad, bag_index[order].long(), weight[order], offsets)
+
+
+def reduce_row_parts(
+    row_index: Tensor, weight: Tensor, bag_index: Tensor, grads: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Do the same with a gradient that comes in parts, without ever holding the parts joined.
+
+    They are joined, in the dtype of `weight`, for a block of columns at a time.
+
+    Args:
+        row_index: `[E] int32 or int64`.
+        weight: `[E]`, the dtype of the result.
+        bag_index: `[E] int32 or int64`, rows of all parts one after the other.
+        grads: `[B_i, D']` each, of any dtype.
+
+    Returns:
+        `rows [U]`, ascending, and their sums `[U, D']`.
+    """
+    rows, order, offsets = _sort_entries(row_index)
+    bags, weight = bag_index[order].long(), weight[order]
+    # Not needed while the sums are made, when memory is at its peak.
+    del order
+    width = grads[0].shape[1]
+    sums = weight.new_empty(len(rows), width)
+    num_bags = sum(map(len, grads))
+    at_once = block_columns(num_bags, len(rows))
+    for start in range(0, width, at_once):
+        columns = slice(start, min(start + at_once, width))
+        # Nothing keeps a block when the next is made.
+        sums[:, columns] = weighted_gather(_joined(grads, columns, num_bags, weight), bags, weight, offsets)
+    return rows, sums
+
+
+def _joined(grads: Sequence[Tensor], columns: slice, num_bags: int, like: Tensor) -> Tensor:
+    """Join the parts' columns in the dtype of `like`; torch.cat would hold converted copies of all parts beside."""
+    joined = like.new_empty(num_bags, columns.stop - columns.start)
+    for part, grad in zip(joined.split([len(grad) for grad in grads]), grads, strict=True):
+        part.copy_(grad[:, columns])
+    return joined
+
+
+def block_columns(num_bags: int, num_rows: int) -> int:
+    """Columns that `reduce_row_parts` joins and sums at a time."""
+    return max(_BLOCK_COLUMNS, _BLOCK_ELEMENTS // max(1, num_bags + num_rows))
+
+
+def _sort_entries(row_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the distinct rows `[U]`, the entries in row order `[E]`, and the rows' bounds among them `[U + 1]`."""
     sorted_row, order = torch.sort(row_index, stable=True)
     rows, count = torch.unique_consecutive(sorted_row, return_counts=True)
     offsets = torch.zeros(len(rows) + 1, dtype=torch.int64, device=rows.device)
     torch.cumsum(count, 0, out=offsets[1:])
-    return rows, weighted_gather(grad, bag_index[order].long(), weight[order], offsets)
+    return rows, order, offsets

@@ -1,4 +1,4 @@
-"""Memory layers, their table and its optimizers on one process, against the oracle and against torch."""
+"""Memory layers and their records on one process, against the oracle."""
 
 import math
 from collections.abc import Callable
@@ -11,20 +11,16 @@ from torch.utils.checkpoint import checkpoint
 
 import oracle
 import oracle_runs
-from mempar.dims import TableSlice
-from mempar.errors import ConfigError
-from mempar.memory import initial, optimizer
 from mempar.memory.config import MemoryConfig
-from mempar.memory.initial import hashed_normal, table_values
 from mempar.memory.layer import MemoryLayer, initial_value
 from mempar.memory.lookup import LocalReader, Readers, SilentReader
-from mempar.memory.optimizer import AdamSettings, TableAdam
 from mempar.memory.values import ValueShard
 from mempar.runtime.config import ModelConfig, RunConfig
+from shards import assert_same, whole_shard
 
+pytestmark = pytest.mark.usefixtures("fresh_seed")
 WIDTH, VALUE_WIDTH, EPSILON = 12, 10, 1e-5
 SMALL = {"num_subkeys": 5, "heads": 2, "top_k": 3, "key_dim": 6}
-SETTINGS = AdamSettings(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 LAYERS = pytest.mark.parametrize(
     "extras",
     [
@@ -39,34 +35,6 @@ LAYERS = pytest.mark.parametrize(
     ],
     ids=lambda extras: "-".join(name if value is True else str(value) for name, value in extras.items()),
 )
-
-
-@pytest.fixture(autouse=True)
-def fresh_seed() -> int:
-    seed = torch.seed()
-    # Shown by pytest when a test fails; torch.manual_seed(it) repeats the test.
-    print(f"torch seed {seed}")
-    return seed % 2**31
-
-
-def slice_of(num_slots: int, value_dim: int, rows: tuple[int, int], columns: tuple[int, int]) -> TableSlice:
-    return TableSlice(
-        num_slots=num_slots,
-        value_dim=value_dim,
-        row_start=rows[0],
-        row_end=rows[1],
-        column_start=columns[0],
-        column_end=columns[1],
-    )
-
-
-def values_of(part: TableSlice, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return table_values(part, seed=seed, dtype=dtype, device=torch.device("cpu"))
-
-
-def whole_shard(num_slots: int, value_dim: int, dtype: torch.dtype = torch.float64) -> ValueShard:
-    part = slice_of(num_slots, value_dim, (0, num_slots), (0, value_dim))
-    return ValueShard(part, seed=3, dtype=dtype, device=torch.device("cpu"))
 
 
 def random_layer(config: MemoryConfig) -> MemoryLayer:
@@ -90,65 +58,6 @@ def oracle_config(config: MemoryConfig) -> oracle.OracleConfig:
 
 def oracle_params(layer: MemoryLayer, values: Tensor) -> oracle.Params:
     return {f"mlp.{name}": param for name, param in layer.named_parameters()} | {oracle.VALUES: values}
-
-
-def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("chunk_elements", [1, 100, 1 << 21])
-def test_table_slice_equals_slice_of_whole_table(
-    monkeypatch: pytest.MonkeyPatch, fresh_seed: int, dtype: torch.dtype, chunk_elements: int
-) -> None:
-    whole = values_of(slice_of(37, 23, (0, 37), (0, 23)), fresh_seed, dtype)
-    monkeypatch.setattr(initial, "_CHUNK_ELEMENTS", chunk_elements)
-    for rows in ((0, 37), (0, 13), (13, 26), (36, 37), (5, 5)):
-        for columns in ((0, 23), (0, 8), (8, 23), (22, 23), (7, 7)):
-            part = values_of(slice_of(37, 23, rows, columns), fresh_seed, dtype)
-            assert part.dtype == dtype
-            assert torch.equal(part, whole[slice(*rows), slice(*columns)])
-
-
-def test_table_row_is_the_same_when_table_has_more_slots(fresh_seed: int) -> None:
-    small = values_of(slice_of(9, 16, (0, 9), (0, 16)), fresh_seed)
-    large = values_of(slice_of(64 * 10**6, 16, (4, 9), (0, 16)), fresh_seed)
-    assert torch.equal(small[4:], large)
-
-
-def test_table_values_have_the_moments_of_their_distribution(fresh_seed: int) -> None:
-    num_slots, value_dim = 500, 400
-    values = values_of(slice_of(num_slots, value_dim, (0, num_slots), (0, value_dim)), fresh_seed)
-    scaled, deviations = values * math.sqrt(value_dim), 6 / math.sqrt(values.numel())
-    # Each bound is six standard deviations of its estimate from this many numbers.
-    assert abs(scaled.mean()) < deviations
-    assert abs(scaled.square().mean() - 1) < math.sqrt(2) * deviations
-    assert abs(scaled.pow(3).mean()) < math.sqrt(15) * deviations
-    assert abs(scaled.pow(4).mean() - 3) < math.sqrt(96) * deviations
-    for one, other in ((scaled[1:], scaled[:-1]), (scaled[:, 1:], scaled[:, :-1])):
-        assert abs((one * other).mean()) < 1.01 * deviations
-        assert abs((one.square() * other.square()).mean() - 1) < 3 * deviations
-    for row_bound, mean in ((num_slots, scaled.mean(0)), (value_dim, scaled.mean(1))):
-        assert mean.abs().max() < 7 / math.sqrt(row_bound)
-    assert values.unique().numel() == values.numel()
-
-
-def test_table_values_follow_the_normal_distribution_function(fresh_seed: int) -> None:
-    values = hashed_normal(fresh_seed, torch.arange(200), torch.arange(200)).flatten()
-    expected = 0.5 * (1 + torch.erf(values.sort()[0] / math.sqrt(2)))
-    observed = (torch.arange(len(values), dtype=torch.float64) + 0.5) / len(values)
-    # Kolmogorov and Smirnov: a larger distance has a probability of about 1e-7.
-    assert (expected - observed).abs().max() < 2.9 / math.sqrt(len(values))
-
-
-def test_table_values_differ_when_seed_differs(fresh_seed: int) -> None:
-    part = slice_of(50, 40, (0, 50), (0, 40))
-    first = values_of(part, fresh_seed)
-    for seed in (fresh_seed + 1, -fresh_seed - 1, fresh_seed + 2**40):
-        other = values_of(part, seed)
-        assert not (first == other).any()
-        assert abs(torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1]) < 6 / math.sqrt(2000)
-    assert torch.equal(first, values_of(part, fresh_seed))
 
 
 @LAYERS
@@ -298,136 +207,6 @@ def test_silent_reader_answers_zeros() -> None:
     assert torch.equal(out, torch.zeros(4, VALUE_WIDTH))
     x = torch.randn(4, WIDTH, dtype=torch.float64)
     assert torch.equal(layer(x, Readers(values=reader)), layer.output_proj.bias.expand(4, WIDTH))
-
-
-def touched_rows(num_rows: int, num_touched: int) -> Tensor:
-    return torch.randperm(num_rows)[:num_touched].sort()[0].int()
-
-
-@pytest.mark.parametrize("rows_at_once", [1, 3, 4, 100])
-def test_table_adamw_matches_torch_on_the_dense_gradient(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
-    num_rows, width = 10, 7
-    monkeypatch.setattr(optimizer, "_CHUNK_ELEMENTS", rows_at_once * width + width // 2)
-    values = torch.randn(num_rows, width, dtype=torch.float64)
-    param = torch.nn.Parameter(values.clone())
-    truth = torch.optim.AdamW([param], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    table = TableAdam(values, SETTINGS, touched_only=False)
-    for step, num_touched in enumerate((4, 0, 10, 1, 7, 3)):
-        rows, lr = touched_rows(num_rows, num_touched), 0.05 / (1 + step)
-        grad = torch.randn(num_touched, width, dtype=torch.float64)
-        param.grad = torch.zeros_like(param).index_copy(0, rows.long(), grad)
-        truth.param_groups[0]["lr"] = lr
-        truth.step()
-        table.update(rows, grad, lr)
-        assert_same(values, param.detach(), 1e-13)
-    assert table.step == 6
-    state = truth.state[param]
-    assert_same(table.state["exp_avg"], state["exp_avg"], 1e-13)
-    assert_same(table.state["exp_avg_sq"], state["exp_avg_sq"], 1e-13)
-    assert "master" not in table.state
-
-
-@pytest.mark.parametrize("memory_optimizer", ["adamw", "row_adam"])
-@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
-def test_table_optimizer_matches_oracle(
-    monkeypatch: pytest.MonkeyPatch, rows_at_once: int, memory_optimizer: str
-) -> None:
-    num_rows, width = 11, 5
-    monkeypatch.setattr(optimizer, "_CHUNK_ELEMENTS", rows_at_once * width)
-    values = torch.randn(num_rows, width, dtype=torch.float64)
-    params, state = {oracle.VALUES: values.clone()}, oracle.AdamState()
-    table = TableAdam(values, SETTINGS, touched_only=memory_optimizer == "row_adam")
-    for step, num_touched in enumerate((4, 0, 11, 1, 7, 4)):
-        rows, lr = touched_rows(num_rows, num_touched), 0.05 / (1 + step)
-        grad = torch.randn(num_touched, width, dtype=torch.float64)
-        # A row that was chosen is touched, whatever its gradient.
-        grad[::3] = 0.0
-        dense = torch.zeros_like(values).index_copy(0, rows.long(), grad)
-        optim = oracle.OptimConfig(lr=0.0, memory_lr=lr, memory_clip_grad=0.0)
-        before = {"values": values, **table.state}
-        before = {name: tensor.clone() for name, tensor in before.items()}
-        slots = [{0: rows.long().repeat(2)}] if num_touched else [{0: torch.zeros(0, dtype=torch.int64)}]
-        config = oracle_config(MemoryConfig(**SMALL))
-        oracle.update(params, {oracle.VALUES: dense}, slots, state, config, optim, memory_optimizer)
-        table.update(rows, grad, lr)
-        assert_same(values, params[oracle.VALUES], 1e-13)
-        assert_same(table.state["exp_avg"], state.first[oracle.VALUES], 1e-13)
-        assert_same(table.state["exp_avg_sq"], state.second[oracle.VALUES], 1e-13)
-        if memory_optimizer == "row_adam":
-            others = torch.ones(num_rows, dtype=torch.bool)
-            others[rows.long()] = False
-            for name, tensor in {"values": values, **table.state}.items():
-                assert torch.equal(tensor[others], before[name][others])
-
-
-@pytest.mark.parametrize("touched_only", [False, True])
-def test_bf16_values_do_not_stall_when_updates_are_below_their_resolution(touched_only: bool) -> None:
-    lr, num_steps = 2e-5, 40
-    values = torch.full((6, 4), 0.03, dtype=torch.bfloat16)
-    start = values.clone()
-    # Plain bf16 stalls: a step of lr is less than half of the distance to the next number.
-    assert torch.equal(start - lr, start)
-    settings = AdamSettings(beta1=0.9, beta2=0.95, eps=1e-12, weight_decay=0.0)
-    table = TableAdam(values, settings, touched_only=touched_only)
-    rows = torch.tensor([1, 4], dtype=torch.int32)
-    for _ in range(num_steps):
-        table.update(rows, torch.ones(2, 4), lr)
-    assert table.state["master"].dtype == table.state["exp_avg"].dtype == torch.float32
-    # Adam's step is lr where the gradient never changes.
-    expected = start[[1, 4]].double() - lr * num_steps
-    torch.testing.assert_close(table.state["master"][[1, 4]].double(), expected, rtol=0, atol=1e-6)
-    assert torch.equal(values, table.state["master"].bfloat16())
-    assert (values[[1, 4]] < start[[1, 4]]).all()
-    assert torch.equal(values[[0, 2, 3, 5]], start[[0, 2, 3, 5]])
-
-
-@pytest.mark.parametrize("touched_only", [False, True])
-def test_bf16_table_follows_its_float32_master(touched_only: bool) -> None:
-    values = torch.randn(9, 5).bfloat16()
-    wide = values.float()
-    tables = [TableAdam(table, SETTINGS, touched_only=touched_only) for table in (values, wide)]
-    for num_touched in (3, 0, 9, 5):
-        rows, grad = touched_rows(9, num_touched), torch.randn(num_touched, 5)
-        for table in tables:
-            table.update(rows, grad.clone(), 0.01)
-    assert torch.equal(tables[0].state["master"], wide)
-    assert torch.equal(values, wide.bfloat16())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"variant": "peers"}, r"memory\.variant=peers.*memory, memory_plus"),
-        ({"optimizer": "sgd"}, r"memory\.optimizer=sgd.*adamw, row_adam"),
-        ({"num_subkeys": 0}, r"memory\.num_subkeys=0 "),
-        ({"heads": -1}, r"memory\.heads=-1 "),
-        ({"top_k": 0}, r"memory\.top_k=0 "),
-        ({"key_dim": 0}, r"memory\.key_dim=0 "),
-        ({"column_tile": 0}, r"memory\.column_tile=0 "),
-        ({"key_dim": 7}, r"memory\.key_dim=7 "),
-        ({"top_k": 9, "num_subkeys": 8}, r"memory\.top_k=9 .*memory\.num_subkeys=8"),
-        ({"layers": (4, 2)}, r"memory\.layers=\[4, 2\]"),
-        ({"layers": (2, 2)}, r"memory\.layers=\[2, 2\]"),
-        ({"value_dim": -8}, r"memory\.value_dim=-8 "),
-        ({"lr": -0.5}, r"memory\.lr=-0\.5 "),
-        ({"clip_grad": -1.0}, r"memory\.clip_grad=-1\.0 "),
-    ],
-)
-def test_memory_config_refuses_with_the_numbers(settings: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        MemoryConfig(**settings)
-
-
-@pytest.mark.parametrize("name", ["lr", "clip_grad", "weight_decay"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_memory_config_refuses_numbers_that_are_not_finite(name: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=rf"memory\.{name}={value}"):
-        MemoryConfig(**{name: value})
-
-
-def test_memory_config_takes_the_bounds_of_its_rules() -> None:
-    config = MemoryConfig(num_subkeys=8, top_k=8, heads=1, key_dim=2, layers=(0, 1, 7), column_tile=1)
-    assert (config.num_slots, config.half_key_dim) == (64, 1)
 
 
 @LAYERS

@@ -1,0 +1,75 @@
+"""Bytes that a shard takes on its rank: values, optimizer state, and gradients on their way to the update.
+
+A step passes two peaks, with weights and state held all the while. When records are summed by row, they,
+their sorted index and the sums exist together; when the rows are updated, the sums and a block of
+temporaries do. No term grows with S but the shard's own rows (under `adamw` too, whose work does).
+
+    peak = values + state + U D_j g + max(records + 2 E (8 + g) + (B + U) c g, k c' g)
+
+with E entries and B output gradients deposited, U rows touched, g bytes a number of arithmetic, c columns
+joined at a time, c' elements updated at a time and k of their copies (4, or 8 with stochastic rounding).
+Holders of copies gather each other's sums besides: (2 G + 1) U D_j g more in a group of G where all touch
+U rows.
+"""
+
+from dataclasses import dataclass
+
+from mempar.dims import TableSlice, column_tiles
+from mempar.kernels.reduce_rows import block_columns
+from mempar.memory.config import MemoryConfig
+from mempar.memory.optimizer.table import CHUNK_ELEMENTS
+
+# Bytes of a row or bag index in a record, and of a sorted position.
+_INDEX_BYTES, _ORDER_BYTES = 4, 8
+# Wide copies of a block of rows during an update: two moments, the values, a denominator or squares. Rounding adds
+# a quarter of a hash of 8 bytes three times over, noise, a mask, and the number before and after.
+_UPDATE_COPIES, _ROUNDING_COPIES = 4, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deposits:
+    """What a step deposits in one shard.
+
+    Attributes:
+        entries: E, reads of the shard's rows by all members of the group, in all layers and micro-batches.
+        tokens: B, output gradients that come with them.
+        rows: U, distinct rows among the entries.
+    """
+
+    entries: int
+    tokens: int
+    rows: int
+
+
+def values_bytes(part: TableSlice, value_bytes: int) -> int:
+    """Bytes of the shard itself."""
+    return part.num_rows * part.num_columns * value_bytes
+
+
+def state_bytes(config: MemoryConfig, part: TableSlice, value_bytes: int) -> int:
+    """Bytes of the optimizer's state beside a shard with `value_bytes` an element."""
+    wide, elements = max(4, value_bytes), part.num_rows * part.num_columns
+    master = wide * elements if value_bytes < 4 and config.rounding == "master" else 0
+    if config.optimizer == "row_adagrad":
+        return master + wide * part.num_rows * column_tiles(part, config.column_tile).num_columns
+    return master + 2 * elements * (2 if config.moments_dtype == "bf16" else wide)
+
+
+def record_bytes(deposits: Deposits, num_columns: int, value_bytes: int) -> int:
+    """Bytes of the records: row, bag and weight an entry, an output gradient `[D_j]` a token."""
+    entry_bytes = 2 * _INDEX_BYTES + value_bytes
+    return deposits.entries * entry_bytes + deposits.tokens * num_columns * value_bytes
+
+
+def peak_bytes(config: MemoryConfig, part: TableSlice, value_bytes: int, deposits: Deposits) -> int:
+    """Most bytes held at once during a step, without copies on other ranks and with memory.deposit_bytes=0."""
+    wide, width = max(4, value_bytes), part.num_columns
+    held = values_bytes(part, value_bytes) + state_bytes(config, part, value_bytes)
+    sums = deposits.rows * width * wide
+    joined = min(width, block_columns(deposits.tokens, deposits.rows))
+    index = deposits.entries * (2 * _INDEX_BYTES + _ORDER_BYTES + 2 * wide)
+    summing = record_bytes(deposits, width, value_bytes) + index + (deposits.tokens + deposits.rows) * joined * wide
+    rounds = config.moments_dtype == "bf16" or (value_bytes < 4 and config.rounding == "stochastic")
+    copies = _UPDATE_COPIES + (_ROUNDING_COPIES if rounds else 0)
+    updating = copies * min(CHUNK_ELEMENTS, deposits.rows * width) * wide
+    return held + sums + max(summing, updating)
