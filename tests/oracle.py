@@ -369,9 +369,9 @@ def update(
     grads: Params,
     slots: Sequence[Slots],
     state: OptimState,
-    config: OracleConfig,
     optim: OptimConfig,
     memory_optimizer: str,
+    memories: Sequence[MemoryShape] = (MemoryShape(memory_layers=(0,)),),
 ) -> tuple[Tensor, Tensor]:
     """Clips and applies the gradients, in place; returns the norms of the dense ones and of the tables', unclipped.
 
@@ -383,10 +383,7 @@ def update(
         raise ValueError(f"memory_optimizer={memory_optimizer!r} is not known; use 'adamw', 'row_adam', 'row_adagrad'.")
     state.step += 1
     memory_of = {
-        f"{memory.name}.{table}": memory
-        for memory in (config, *config.more_memories)
-        for table in ("values", "down")
-        if memory.memory_layers
+        f"{memory.name}.{table}": memory for memory in memories for table in ("values", "down") if memory.memory_layers
     }
     dense = {name: grad for name, grad in grads.items() if name not in memory_of}
     tables = {name: grad for name, grad in grads.items() if name in memory_of}
@@ -430,6 +427,7 @@ def step(
         each memory layer, which another run can take as `replay`.
     """
     total, grads, slots = gradients(params, batches, config, replay)
-    grad_norm, memory_grad_norm = update(params, grads, slots, state, config, optim, memory_optimizer)
+    memories = (config, *config.more_memories)
+    grad_norm, memory_grad_norm = update(params, grads, slots, state, optim, memory_optimizer, memories)
     norms = {"grad_norm": grad_norm.item(), "memory_grad_norm": memory_grad_norm.item()}
     return {"loss": total.item(), **norms, "slots": slots}

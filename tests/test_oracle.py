@@ -365,7 +365,7 @@ def test_row_adagrad_shares_the_mean_square_of_a_tile_and_leaves_other_rows_alon
 def test_joint_clip_limits_the_norm_of_all_gradients_together(limit: float) -> None:
     dense, table = {"a": normal(3, 4)}, {oracle.VALUES: normal(6, 2)}
     optim = oracle.OptimConfig(1e-2, clip_grad=limit, memory_clip_grad=1e-3, joint_clip=True)
-    clipped, dense_norm, table_norm = oracle.clip_all(dense, table, optim)
+    clipped, dense_norm, table_norm = oracle.clip_all(dense, table, {oracle.VALUES: oracle.MemoryShape()}, optim)
     before = math.hypot(dense_norm.item(), table_norm.item())
     after = oracle.global_norm(clipped).item()
     assert after == pytest.approx(min(before, limit or math.inf), rel=1e-5)
