@@ -122,13 +122,15 @@ def _recomputation(run: RunConfig) -> dict[str, Any]:
 def _block_specs(run: RunConfig, transformer: Any, access: dict[str, TableAccess], vp_stage: int | None) -> Any:
     """Megatron's description of this chunk's blocks, dense, memory or experts, block by block."""
     dense = _dense_spec()
-    memory_of = {block: name for name, memory in run.memories.items() for block in memory.layers}
     first = mcore.get_transformer_layer_offset(transformer, vp_stage)
     count = mcore.get_num_layers_to_build(transformer, vp_stage)
+    # Of this chunk's blocks only: a stage reaches no tables but those of its own layers.
+    here = range(first, first + count)
+    memory_of = {block: name for name, memory in run.memories.items() for block in memory.layers if block in here}
     chosen = {block: _memory_spec(run, dense, name, access) for block, name in memory_of.items()}
     if run.moe_layers:
         chosen |= dict.fromkeys(run.moe_layers, _replacing(dense, expert_module(run)))
-    specs = [chosen.get(block, dense) for block in range(first, first + count)]
+    specs = [chosen.get(block, dense) for block in here]
     norm: Any = RMSNorm
     return mcore.TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
