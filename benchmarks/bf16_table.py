@@ -1,17 +1,18 @@
 """A bf16 table against a float32 one on the smoke recipe: stochastic rounding follows, the nearest stalls.
 
-    python benchmarks/bf16_table.py --out benchmarks/results/bf16-table.json [--steps 300] [--lr 3e-4]
+    python benchmarks/bf16_table.py --out benchmarks/results/bf16-table.json [--steps 300] [--lr 1e-4]
     python benchmarks/bf16_table.py --plot benchmarks/results/bf16-table.json docs/bf16-table.png
 
 The second command needs the extra `docs` (matplotlib). Same seed, data and float32 training; only the
-table differs: float32, bf16 rounded stochastically, bf16 rounded to the nearest, and one that does not
-learn (its rate is 1e-30), which shows what there is to lose.
+table differs: float32, bf16 rounded stochastically, bf16 rounded to the nearest.
 
-The learning rate decides whether the comparison says anything. Smoke's values start as normal(0, 1/16),
+Two things decide whether the comparison says anything. The rate: smoke's values start as normal(0, 1/16),
 where bf16 numbers are 2.4e-4 or 4.9e-4 apart, and its own rate of 1e-2 moves a value by many of these a
-step: any rounding works at first. Large models sit at the other end (values near 1/64, a rate that has
-decayed to 1e-5: a tenth of a bf16 step). The default here, a constant 3e-4, is between: Adam moves a value
-by .2 to .5 of that when its row is touched, half a bf16 step or less.
+step, so that any rounding works. Large models sit at the other end (values near 1/64, a rate that has
+decayed to 1e-5: a tenth of a bf16 step); so does 1e-4 here, the default, held constant after the warm-up.
+And what the table is needed for: beside dense parameters that learn at 3e-3, a table that moves this slowly
+is worth less than 1% of the loss in 300 steps, stalled or not (measured at 3e-4: table frozen 1.5955, float32
+1.5895). So by default the dense parameters stand still (`--dense-lr 0`) and the table alone has to learn.
 """
 
 import argparse
@@ -28,7 +29,6 @@ TABLES: dict[str, tuple[str, ...]] = {
     "float32": (),
     "bf16, stochastic": ("memory.dtype=bf16", "memory.rounding=stochastic"),
     "bf16, nearest": ("memory.dtype=bf16", "memory.rounding=nearest"),
-    "not learning": ("memory.lr=1e-30",),
 }
 INTERVAL = 10
 SMOOTH = 20
@@ -51,8 +51,7 @@ def train(assignments: list[str], directory: Path) -> dict[str, Any]:
 
     class Watching(Trainer):
         def _step(self) -> None:
-            table = self.model.table
-            assert table is not None
+            table = self.model.tables[0].shard
             if self.progress.step == 0:
                 self.start, self.moved = table.values.float().clone(), [0.0]
             super()._step()
@@ -70,14 +69,15 @@ def train(assignments: list[str], directory: Path) -> dict[str, Any]:
     }
 
 
-def measure(steps: int, lr: float, out: Path | None) -> dict[str, Any]:
+def measure(steps: int, lr: float, dense_lr: float, out: Path | None) -> dict[str, Any]:
     """All runs, one after the other; what is measured so far is written after each."""
     from mempar.runtime import bringup
 
     bringup.join_world()
     shared = [f"train.steps={steps}", f"memory.lr={lr}", "memory.schedule=constant"]
+    shared += ["optim.min_lr=0", f"optim.lr={dense_lr}"]
     runs: dict[str, Any] = {}
-    figures = {**describe_machine(), "steps": steps, "lr": lr, "runs": runs}
+    figures = {**describe_machine(), "steps": steps, "lr": lr, "dense_lr": dense_lr, "runs": runs}
     for name, own in TABLES.items():
         with tempfile.TemporaryDirectory() as directory:
             print(f"--- {name}")
@@ -126,7 +126,9 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     differences.set(title="loss over that of the float32 table", xlabel="step", ylabel="%")
     moves.set(title="distance of the table from its start", xlabel="step", ylabel="share of its norm")
     losses.legend()
-    drawing.suptitle(f"smoke, table learning rate {figures['lr']:g}, constant; float32 training")
+    drawing.suptitle(
+        f"smoke, table learning rate {figures['lr']:g}, of the rest {figures['dense_lr']:g}; float32 training"
+    )
     drawing.savefig(path, dpi=110)
 
 
@@ -134,7 +136,8 @@ def main() -> None:
     """Measure, print, save, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=3e-4, help="of the table")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of the table")
+    parser.add_argument("--dense-lr", type=float, default=0.0, help="of everything else; smoke has 3e-3")
     parser.add_argument("--out", type=Path, help="measure, and write the figures as JSON")
     parser.add_argument("--plot", type=Path, nargs=2, metavar=("JSON", "PNG"), help="draw figures that were written")
     arguments = parser.parse_args()
@@ -142,7 +145,7 @@ def main() -> None:
     if arguments.plot:
         plot(json.loads(arguments.plot[0].read_text()), arguments.plot[1])
         return
-    report(measure(arguments.steps, arguments.lr, arguments.out))
+    report(measure(arguments.steps, arguments.lr, arguments.dense_lr, arguments.out))
 
 
 if __name__ == "__main__":

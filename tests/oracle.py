@@ -356,7 +356,7 @@ def clip_all(
     if optim.joint_clip:
         joint = torch.sqrt(dense_norm.square() + table_norm.square())
         return clip(dense | tables, joint, optim.clip_grad), dense_norm, table_norm
-    clipped = clip(dense, dense_norm, optim.clip_grad)
+    clipped = dict(clip(dense, dense_norm, optim.clip_grad))
     for memory in dict.fromkeys(memory_of.values()):
         own = {name: grad for name, grad in tables.items() if memory_of[name] is memory}
         clipped |= clip(own, global_norm(own), optim.memory_clip_grad)

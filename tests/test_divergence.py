@@ -13,6 +13,7 @@ from mempar.runtime import bringup, divergence
 from mempar.runtime.config import RunConfig
 from mempar.runtime.logical import logical_parameters
 from mempar.runtime.optim import RowGradient, StepReport
+from mempar.runtime.schedule import full_rates
 from rank_pool import RankPool
 from toy import Session, batches_of, toy_run
 
@@ -90,7 +91,7 @@ def skip_a_step(run: RunConfig, what: str, where: int) -> dict[str, Any]:
 
     grid = session.grid
     batches = batches_of(run, 1, dp_rank=grid.dp_rank(session.world.rank), dp=grid.dp)
-    reports.append(session.stepper.train(batches, 1.0, inspect))
+    reports.append(session.stepper.train(batches, full_rates(run), inspect))
     untouched = all(map(torch.equal, before, snapshot(session)))
     records = sum(table.shard.record_bytes for table in session.model.tables)
     heal()
@@ -160,7 +161,7 @@ def spoiled_gradients(run: RunConfig, grown: str, factor: float, slot: int) -> l
 
     grid = session.grid
     batches = batches_of(run, 0, dp_rank=grid.dp_rank(session.world.rank), dp=grid.dp)
-    session.stepper.train(batches, 1.0, inspect)
+    session.stepper.train(batches, full_rates(run), inspect)
     bringup.tear_down(session.world)
     return named
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: what is refused, and one test for each trap that would be silent.
+"""Mixtures of experts (mempar.runtime.experts): what is refused, and one test for each trap that would be silent.
 
 That they compute the right thing is the oracle law's and the layout law's (test_oracle_law.py, test_layout_law.py).
 """

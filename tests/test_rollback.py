@@ -40,8 +40,9 @@ def train_spoiled(directory: str, load: str | None, fault: Fault) -> None:
 
     def spoiled(cursor: Any, chunk: Any) -> tuple[Tensor, Any]:
         output, loss = forward(cursor, chunk)
-        assert trainer.stepper.current is not None
-        factor = fault[1] if trainer.stepper.current.sample_ids[0] in fault[0] else 1.0
+        batch = trainer.model.in_flight.current
+        assert batch is not None
+        factor = fault[1] if batch.sample_ids[0] in fault[0] else 1.0
         return output, lambda losses: loss(losses * factor)
 
     trainer.stepper._forward = spoiled  # type: ignore[method-assign]

@@ -31,6 +31,8 @@ from mempar.parallel.ranks import RankGrid
 from mempar.parallel.read_counts import ReadCounts, count_reads
 from mempar.parallel.shard_plan import ShardPlan
 from mempar.runtime.config import RunConfig
+from mempar.runtime.data import Batch
+from mempar.runtime.in_flight import InFlight
 from mempar.runtime.memory_mlp import MemoryMLP
 from mempar.runtime.placement import place
 from mempar.runtime.tables import TableAccess
@@ -198,11 +200,15 @@ def test_every_layout_counts_as_the_single_process_does(pool: RankPool) -> None:
         assert found == pytest.approx(expected, rel=1e-12)
 
 
-def layer_and_tally(num_tokens: int) -> tuple[MemoryMLP, TableAccess, LookupTally, Tensor]:
+def layer_and_tally(num_tokens: int, *, recomputed: bool) -> tuple[MemoryMLP, TableAccess, LookupTally, Tensor]:
     run = make_run()
     part = TableSlice(num_slots=1369, value_dim=24, row_start=0, row_end=1369, column_start=0, column_end=24)
     shard = ValueShard(part, seed=1, dtype=torch.float32, device=torch.device("cpu"))
-    access = TableAccess(Readers(values=LocalReader(shard)), 1, 24)
+    in_flight, tokens = InFlight(runs_again=recomputed), torch.zeros(1, num_tokens, dtype=torch.int64)
+    in_flight.current = Batch(
+        tokens=tokens, labels=tokens, loss_mask=tokens.float(), position_ids=tokens, sample_ids=[0], sample_counts=[1]
+    )
+    access = TableAccess(Readers(values=LocalReader(shard)), in_flight, [0], 24)
     config = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False)
     layer = MemoryMLP(config, run, run.memory, access)
     torch.nn.init.normal_(layer.keys)
@@ -213,7 +219,7 @@ def layer_and_tally(num_tokens: int) -> tuple[MemoryMLP, TableAccess, LookupTall
 
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_a_lookup_counts_once_recomputed_or_not(recomputed: bool) -> None:
-    layer, access, tally, x = layer_and_tally(num_tokens=7)
+    layer, access, tally, x = layer_and_tally(num_tokens=7, recomputed=recomputed)
     out = checkpoint(layer, x, use_reentrant=True)[0] if recomputed else layer(x)[0]
     out.sum().backward()
     assert tally.tokens == [0, 7, 0]

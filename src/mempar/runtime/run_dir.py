@@ -153,7 +153,9 @@ def read_meta(checkpoint: Path, run: RunConfig) -> dict:
             "states are kept in other precisions; set it as it was."
         )
     before, now = _table_state(saved), _table_state(run)
-    differing = [f"{key} is {before[key]} there and {now[key]} here" for key in now if before.get(key) != now[key]]
+    # A setting that only one of them has hangs on another one that differs.
+    shared = [key for key in now if key in before]
+    differing = [f"{key} is {before[key]} there and {now[key]} here" for key in shared if before[key] != now[key]]
     if differing:
         raise CheckpointError(
             f"{checkpoint} keeps another state of the table: {'; '.join(differing)}; it cannot be turned into this "
