@@ -265,6 +265,8 @@ def _serve(connection: Connection, store_port: int, collective_seconds: float) -
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # What was imported stays: collections after every job need not look through it.
+    gc.freeze()
     timeout = datetime.timedelta(seconds=collective_seconds)
     store = dist.TCPStore("127.0.0.1", store_port, is_master=False, timeout=timeout)
     while True:

@@ -13,6 +13,7 @@ import pytest
 
 import toy
 from mempar.dims import even_cuts
+from mempar.memory.config import MemoryConfig
 from mempar.parallel.cost import copy_sync_bytes, exchange_bytes, token_split_bytes
 from mempar.runtime.config import RunConfig
 from mempar.runtime.placement import Placement, place
@@ -39,16 +40,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp-two-hops": (4, {"tp": 2, "mp": 4, "mp_rows": 2, "mp_hops": 2}),
     "two-hops-and-replicas": (8, {"mp": 4, "mp_rows": 2, "mp_hops": 2}),
     "vpp-columns": (4, {"pp": 2, "vpp": 2, "mp": 2, "mp_rows": 1}),
+    "experts": (4, {"mp": 2, "mp_rows": 2, "ep": 2}),
     "distributed-optimizer-rows": (2, {"mp": 2, "mp_rows": 2, "distributed_optimizer": True}),
 }
 STEPS = 2
+BYTES = {"float32": 4, "float64": 8, "bf16": 2}
 
 
 # float32 on all layouts, on most at both sizes; other widths of values and scores where phases differ; merged
 # duplicates in every form of the exchange.
 LARGE = ("two-hops", "tp-two-hops", "two-hops-and-replicas", "three-by-two", "three-columns")
 CASES: list[tuple[str, dict[str, Any]]] = [
-    (layout, {"ragged": ragged}) for layout in LAYOUTS for ragged in (False, True) if ragged or layout not in LARGE
+    (layout, {"ragged": ragged})
+    for layout in LAYOUTS
+    for ragged in (False, True)
+    if (ragged or layout not in LARGE) and layout != "experts"
 ]
 CASES += [(layout, {"dtype": "bf16", "ragged": True}) for layout in ("columns", "grid", "replicas", "sp-grid")]
 CASES += [
@@ -70,6 +76,20 @@ CASES += [
     ("stage-copies", {"recompute": "selective"}),
     # Attention alone is computed again: nothing is sent twice.
     ("grid", {"ragged": True, "recompute": "selective", "recompute_modules": ("core_attn",)}),
+    ("three-by-two-in-two-hops", {"recompute": "full", "missing": 1}),
+]
+# Experts of one neuron: rows are found once, for both tables. Several memories; a memory among experts.
+CASES += [
+    ("grid", {"kind": "peer", "ragged": True}),
+    ("three-by-two-in-two-hops", {"kind": "peer", "ragged": True, "recompute": "full"}),
+    ("tp-columns", {"kind": "peer", "dtype": "bf16", "recompute": "selective"}),
+    ("tp-rows-over-two-groups", {"kind": "peer", "dtype": "float64", "ragged": True, "merge": "on"}),
+    ("sp-rows", {"kind": "peer"}),
+    ("stage-copies-and-replicas", {"kind": "peer", "ragged": True}),
+    ("three-columns", {"kind": "two", "ragged": True}),
+    ("stage-copies-and-replicas", {"kind": "two"}),
+    ("replicas", {"kind": "beside", "ragged": True}),
+    ("experts", {"kind": "memory_plus+moe"}),
 ]
 
 
@@ -91,36 +111,36 @@ class Counting:
     """Actual counts of a run, from the slots that its ranks recorded."""
 
     def __init__(self, history: History, placement: Placement) -> None:
-        self.run, self.trace = history.run, history.trace
-        self.grid, self.plan = placement.grid, placement.memories["memory"].plan
+        self.run, self.trace, self.placement = history.run, history.trace, placement
+        self.grid = placement.grid
         self.groups = self.grid.memory_groups(placement.table_stages)
         self.tp, self.shared_lookup = history.run.parallel.tp, not history.run.parallel.sequence_parallel
-        self.reads = history.run.memory.heads * history.run.memory.top_k
-        self.merged = history.run.memory.merge_duplicates == "on"
+        self.recomputed = history.run.train.runs_memory_again
         self.saved_reads = 0
 
-    def blocks_of(self, stage: int) -> list[int]:
+    def blocks_of(self, memory: MemoryConfig, stage: int) -> list[int]:
         sizes, model = self.run.parallel, self.run.model
         per_chunk = model.num_layers // (sizes.pp * sizes.vpp)
-        return [block for block in self.run.memory.layers if block // per_chunk % sizes.pp == stage]
+        return [block for block in memory.layers if block // per_chunk % sizes.pp == stage]
 
-    def lookups(self, rank: int) -> Iterator[np.ndarray]:
+    def lookups(self, memory: MemoryConfig, rank: int) -> Iterator[np.ndarray]:
         """The slots `[T, M]` of every lookup of one step that a rank makes for itself, token-split applied.
 
         In the order of micro-batches, so that the i-th lookups of a group's members belong together.
         """
         tp_rank, dp_rank = self.grid.tp_rank(rank), self.grid.dp_rank(rank)
+        reads = memory.heads * memory.top_k
         for batch in batches_of(self.run, self.step, dp_rank=dp_rank, dp=self.grid.dp):
-            for block in self.blocks_of(self.grid.stage_of(rank)):
+            for block in self.blocks_of(memory, self.grid.stage_of(rank)):
                 # Activations are [positions, samples], positions outermost.
                 each = [self.trace.slots[self.step, block, sample] for sample in batch.sample_ids]
                 if not each:
-                    yield np.zeros((0, self.reads), dtype=np.int32)
+                    yield np.zeros((0, reads), dtype=np.int32)
                     continue
                 slots = np.stack(each, axis=1)
                 if not self.shared_lookup:
                     slots = slots[even_cuts(len(slots), self.tp)[tp_rank] : even_cuts(len(slots), self.tp)[tp_rank + 1]]
-                tokens = slots.reshape(-1, self.reads)
+                tokens = slots.reshape(-1, reads)
                 if self.shared_lookup:
                     cuts = even_cuts(len(tokens), self.tp)
                     tokens = tokens[cuts[tp_rank] : cuts[tp_rank + 1]]
@@ -128,8 +148,6 @@ class Counting:
 
     def _entries(self, slots: np.ndarray) -> np.ndarray:
         """Slots of the entries that stand for the reads `[T, M]` of some tokens."""
-        if not self.merged:
-            return slots
         entries = [slot for token in slots.tolist() for slot in set(token)]
         self.saved_reads += slots.size - len(entries)
         return np.array(entries, dtype=np.int64)
@@ -141,45 +159,56 @@ class Counting:
         group = next((ranks for ranks in self.groups if rank in ranks), None)
         if group is None:
             return total
-        value_bytes, again = self.run.value_bytes_of(self.run.memory), self.run.train.runs_memory_again
-        cuts = np.array(self.plan.row_cuts)
-        member = group.index(rank)
+        for name, memory in self.run.memories.items():
+            total.update(self._of_memory(name, memory, rank, group))
+        return total
+
+    def _of_memory(self, name: str, memory: MemoryConfig, rank: int, group: list[int]) -> Counter[str]:
+        total: Counter[str] = Counter()
+        plan, member = self.placement.memories[name].plan, group.index(rank)
+        if self.grid.stage_of(rank) not in self.placement.memories[name].stages:
+            return total
+        widths = {"reads": memory.heads * memory.top_k, "value_bytes": self.run.value_bytes_of(memory)}
+        cuts = np.array(plan.row_cuts)
         touched: set[int] = set()
-        for slots in zip(*(self.lookups(other) for other in group), strict=True):
-            owned = [np.histogram(self._entries(part), cuts)[0].tolist() for part in slots]
+        for slots in zip(*(self.lookups(memory, other) for other in group), strict=True):
             tokens = [len(part) for part in slots]
-            first, end = cuts[self.plan.row_shard(member)], cuts[self.plan.row_shard(member) + 1]
+            first, end = cuts[plan.row_shard(member)], cuts[plan.row_shard(member) + 1]
             for part in slots:
                 touched.update(part[(part >= first) & (part < end)].tolist())
             if len(group) > 1:
+                merged = memory.merge_duplicates == "on"
+                entries = [self._entries(part) if merged else part for part in slots]
                 counted = exchange_bytes(
-                    self.plan,
+                    plan,
                     member,
-                    owned,
+                    [np.histogram(part, cuts)[0].tolist() for part in entries],
                     tokens,
-                    reads=self.reads,
-                    value_bytes=value_bytes,
-                    tokens_known=True,
                     hops=self.run.parallel.mp_hops,
-                    merged=self.merged,
+                    merged=merged,
+                    products=memory.variant == "peer",
+                    recomputed=self.recomputed,
+                    **widths,
                 )
-                total.update(vars(counted.with_recomputation() if again else counted))
+                total.update(vars(counted))
             if self.tp > 1 and self.shared_lookup:
-                outputs, scores = token_split_bytes(
+                forward, backward = token_split_bytes(
                     self.tp,
                     tokens[member],
-                    value_dim=self.plan.value_dim,
-                    reads=self.reads,
-                    value_bytes=value_bytes,
+                    value_dim=plan.value_dim,
                     # Scores are in float32 at least, and in the training dtype whatever the table's.
                     score_bytes=8 if self.run.train.dtype == "float64" else 4,
+                    vector_bytes=BYTES[self.run.train.dtype] if memory.variant == "peer" else 0,
+                    recomputed=self.recomputed,
+                    **widths,
                 )
-                total.update(token_gather=2 * outputs if again else outputs, score_gather=scores)
-        start, stop = self.plan.columns_of(member)
-        copies = len(self.groups)
-        total["copy_sync"] += copy_sync_bytes(
-            copies, len(touched), num_columns=stop - start, grad_bytes=max(4, value_bytes)
+                total.update(token_gather=forward, score_gather=backward)
+        start, stop = plan.columns_of(member)
+        copies = sum(self.grid.stage_of(ranks[0]) in self.placement.memories[name].stages for ranks in self.groups)
+        sync = copy_sync_bytes(
+            copies, len(touched), num_columns=stop - start, grad_bytes=max(4, self.run.value_bytes_of(memory))
         )
+        total["copy_sync"] += sync * len(memory.table_names)
         return total
 
 

@@ -115,7 +115,7 @@ def read_and_differentiate(
     """Run one member's share of an exchange; `lookups` has (slots, given, gradients, token counts)."""
     given = [lookup[1].clone().requires_grad_() for lookup in lookups]
     calls = [reader.read, reader.dot if exchange.dot else reader.read]
-    outs = [call(lookups[i][0], given[i], lookups[i][3]) for i, call in enumerate(calls)]
+    outs = [call(reader.find(lookups[i][0], lookups[i][3]), given[i]) for i, call in enumerate(calls)]
     forward = sent(ledger)
     assert shard.record_bytes == 0
     torch.autograd.backward(outs, [lookup[2] for lookup in lookups])

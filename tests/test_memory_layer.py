@@ -166,9 +166,11 @@ def test_local_reader_takes_no_tokens() -> None:
     shard = whole_shard(25, 7)
     weight = torch.zeros(0, 6, dtype=torch.float64, requires_grad=True)
     none = torch.zeros(0, 6, dtype=torch.int64)
-    out = LocalReader(shard).read(none, weight)
+    reader = LocalReader(shard)
+    found = reader.find(none)
+    out = reader.read(found, weight)
     assert out.shape == (0, 7)
-    assert LocalReader(shard).dot(none, out.detach()).shape == (0, 6)
+    assert reader.dot(found, out.detach()).shape == (0, 6)
     out.sum().backward()
     assert weight.grad.shape == (0, 6)
     rows, grad = shard.take_gradient()
@@ -178,7 +180,8 @@ def test_local_reader_takes_no_tokens() -> None:
 def test_local_reader_answers_in_the_dtype_of_the_table() -> None:
     shard = whole_shard(25, 8, torch.bfloat16)
     slot, weight = torch.randint(25, (4, 6)), torch.rand(4, 6, requires_grad=True)
-    out = LocalReader(shard).read(slot, weight)
+    reader = LocalReader(shard)
+    out = reader.read(reader.find(slot), weight)
     assert out.dtype == torch.bfloat16
     expected = (shard.values.double()[slot] * weight.detach().bfloat16().double()[..., None]).sum(1)
     # Six terms, each at most 2^-8 off.
@@ -193,7 +196,8 @@ def test_row_gradients_of_a_bf16_table_are_summed_in_float32() -> None:
     assert shard.take_gradient()[1].dtype == torch.float32
     # In bf16 a sum of ones stops at 256.
     weight = torch.ones(1000, 1, requires_grad=True)
-    LocalReader(shard).read(torch.full((1000, 1), 7), weight).sum().backward()
+    reader = LocalReader(shard)
+    reader.read(reader.find(torch.full((1000, 1), 7)), weight).sum().backward()
     rows, grad = shard.take_gradient()
     assert rows.tolist() == [7]
     assert torch.equal(grad, torch.full((1, 4), 1000.0))
@@ -203,7 +207,7 @@ def test_silent_reader_answers_zeros() -> None:
     config = MemoryConfig(**SMALL, value_dim=VALUE_WIDTH)
     layer = random_layer(config)
     reader = SilentReader(VALUE_WIDTH)
-    out = reader.read(torch.zeros(4, 6, dtype=torch.int64), torch.full((4, 6), torch.nan))
+    out = reader.read(reader.find(torch.zeros(4, 6, dtype=torch.int64)), torch.full((4, 6), torch.nan))
     assert torch.equal(out, torch.zeros(4, VALUE_WIDTH))
     x = torch.randn(4, WIDTH, dtype=torch.float64)
     assert torch.equal(layer(x, Readers(values=reader)), layer.output_proj.bias.expand(4, WIDTH))

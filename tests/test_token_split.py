@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +25,11 @@ def test_token_split_reads_as_one_rank_would(in_threads: Callable, tp: int, num_
     slot, weight = torch.randint(25, (num_tokens, reads)), torch.randn(num_tokens, reads, dtype=dtype)
     grad = torch.randn(num_tokens, 7, dtype=dtype)
 
-    def read(reader_of: Callable[[LocalReader], object]) -> tuple[Tensor, Tensor, Tensor]:
+    def read(reader_of: Callable[[LocalReader], Any]) -> tuple[Tensor, Tensor, Tensor]:
         shard = ValueShard(part, seed=5, dtype=dtype, device=torch.device("cpu"))
         mine = weight.clone().requires_grad_()
-        out = reader_of(LocalReader(shard)).read(slot, mine, [num_tokens] * tp)
+        reader = reader_of(LocalReader(shard))
+        out = reader.read(reader.find(slot, [num_tokens] * tp), mine)
         out.backward(grad)
         rows, row_grads = shard.take_gradient()
         return out.detach(), mine.grad, torch.zeros(25, 7, dtype=dtype).index_copy(0, rows.long(), row_grads)
@@ -54,13 +56,9 @@ def test_token_split_reads_as_one_rank_would(in_threads: Callable, tp: int, num_
 
 
 def test_token_split_tells_the_inner_reader_each_members_share() -> None:
-    seen = []
-
-    def record(slot: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        seen.append(counts)
-        return weight @ weight.new_ones(weight.shape[1], 7)
-
-    group = SimpleNamespace(size=3, rank=1, share=lambda part, sizes, phase: part)
-    reader = TokenSplitReader(SimpleNamespace(read=record), group, [0, 1, 2, 0, 1, 2])
-    reader.read(torch.zeros(8, 4, dtype=torch.int64), torch.zeros(8, 4), [8, 8, 8, 4, 4, 4])
-    assert seen == [[3, 3, 2, 2, 1, 1]]
+    inner = SimpleNamespace(find=lambda slots, counts: (slots, counts))
+    reader = TokenSplitReader(inner, SimpleNamespace(size=3, rank=1), [0, 1, 2, 0, 1, 2])
+    share = reader.find(torch.arange(8)[:, None], [8, 8, 8, 4, 4, 4])
+    slots, counts = share.found
+    assert (slots.tolist(), share.sizes) == ([[3], [4], [5]], [3, 3, 2])
+    assert counts == [3, 3, 2, 2, 1, 1]

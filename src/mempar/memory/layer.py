@@ -93,11 +93,12 @@ class MemoryLayer(nn.Module):
             weight, loss = balanced(weight, slot_index, self.config.num_subkeys, self.config.balance_loss)
             self.balance.add(loss, len(x))
         slot_index, weight = slot_index.flatten(1), weight.flatten(1)
+        found = readers.values.find(slot_index, token_counts)
         if self.config.variant == "peer":
             assert readers.down is not None
-            hidden = readers.down.dot(slot_index, x, token_counts)
+            hidden = readers.down.dot(found, x)
             weight = weight * F.gelu(hidden.to(weight.dtype))
-        out = readers.values.read(slot_index, weight, token_counts).to(x.dtype)
+        out = readers.values.read(found, weight).to(x.dtype)
         if self.config.variant == "memory_plus":
             out = self.output_proj(out * F.silu(self.gate_proj(x)))
         if self.config.scalar_gate:

@@ -22,26 +22,36 @@ from mempar.memory.values import ValueShard
 class RowReader(Protocol):
     """Anything that turns slots and weights into sums of table rows."""
 
-    def read(self, slot_index: Tensor, weight: Tensor, token_counts: list[int] | None = None) -> Tensor:
-        """Sum the weighted rows of every token.
+    def find(self, slot_index: Tensor, token_counts: list[int] | None = None) -> Any:
+        """Find the rows of slots, for any number of reads and products.
 
         Args:
             slot_index: `[T, M] int64`, slots of the whole table.
-            weight: `[T, M]`; differentiable.
             token_counts: tokens read by each rank that takes part, where the caller knows them.
+
+        Returns:
+            What `read` and `dot` take, of this reader and of readers of other tables of the same memory.
+        """
+        ...
+
+    def read(self, found: Any, weight: Tensor) -> Tensor:
+        """Sum the weighted rows of every token.
+
+        Args:
+            found: the rows, from `find`.
+            weight: `[T, M]`; differentiable.
 
         Returns:
             `[T, D]` in the table's dtype.
         """
         ...
 
-    def dot(self, slot_index: Tensor, x: Tensor, token_counts: list[int] | None = None) -> Tensor:
+    def dot(self, found: Any, x: Tensor) -> Tensor:
         """Multiply chosen rows with a vector of their token.
 
         Args:
-            slot_index: `[T, M] int64`, slots of the whole table.
+            found: the rows, from `find`.
             x: `[T, D]`; differentiable.
-            token_counts: as in `read`.
 
         Returns:
             `[T, M]` in the table's dtype: `values[slot_index[t, m]] . x[t]`.
@@ -51,7 +61,7 @@ class RowReader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Readers:
-    """The tables that a memory layer reads.
+    """The tables that a memory layer reads, all cut alike.
 
     Attributes:
         values: rows that are summed.
@@ -62,19 +72,40 @@ class Readers:
     down: RowReader | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class LocalRows:
+    """Rows of tables that lie here whole.
+
+    Attributes:
+        row_index: `[T * M] int32`.
+        offsets: `[T + 1] int32`, where each token's rows start.
+        shape: `[T, M]`.
+    """
+
+    row_index: Tensor
+    offsets: Tensor
+    shape: torch.Size
+
+
 class LocalReader:
     """Reads a table that lies in one piece in this process."""
 
     def __init__(self, shard: ValueShard) -> None:
         self.shard = shard
 
-    def read(self, slot_index: Tensor, weight: Tensor, token_counts: list[int] | None = None) -> Tensor:
-        """See `RowReader.read`."""
-        return _LocalRead.apply(weight.to(self.shard.values.dtype), slot_index, self.shard)
+    def find(self, slot_index: Tensor, token_counts: list[int] | None = None) -> LocalRows:
+        """See `RowReader.find`."""
+        num_tokens, reads = slot_index.shape
+        offsets = torch.arange(0, num_tokens * reads + 1, reads, dtype=torch.int32, device=slot_index.device)
+        return LocalRows(row_index=slot_index.reshape(-1).int(), offsets=offsets, shape=slot_index.shape)
 
-    def dot(self, slot_index: Tensor, x: Tensor, token_counts: list[int] | None = None) -> Tensor:
+    def read(self, found: LocalRows, weight: Tensor) -> Tensor:
+        """See `RowReader.read`."""
+        return _LocalRead.apply(weight.to(self.shard.values.dtype), found, self.shard)
+
+    def dot(self, found: LocalRows, x: Tensor) -> Tensor:
         """See `RowReader.dot`."""
-        return _LocalDot.apply(x.to(self.shard.values.dtype), slot_index, self.shard)
+        return _LocalDot.apply(x.to(self.shard.values.dtype), found, self.shard)
 
 
 class SilentReader:
@@ -83,50 +114,45 @@ class SilentReader:
     def __init__(self, value_dim: int) -> None:
         self.value_dim = value_dim
 
-    def read(self, slot_index: Tensor, weight: Tensor, token_counts: list[int] | None = None) -> Tensor:
+    def find(self, slot_index: Tensor, token_counts: list[int] | None = None) -> torch.Size:
+        """Look for nothing: only `[T, M]` matters."""
+        return slot_index.shape
+
+    def read(self, found: torch.Size, weight: Tensor) -> Tensor:
         """Return zeros `[T, D]`."""
-        return weight.new_zeros(weight.shape[0], self.value_dim)
+        return weight.new_zeros(found[0], self.value_dim)
 
-    def dot(self, slot_index: Tensor, x: Tensor, token_counts: list[int] | None = None) -> Tensor:
+    def dot(self, found: torch.Size, x: Tensor) -> Tensor:
         """Return zeros `[T, M]`."""
-        return x.new_zeros(slot_index.shape)
-
-
-def _flat(slot_index: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `[T * M] int32` and offsets `[T + 1] int32` of a table that lies here whole."""
-    num_tokens, reads = slot_index.shape
-    offsets = torch.arange(0, num_tokens * reads + 1, reads, dtype=torch.int32, device=slot_index.device)
-    return slot_index.reshape(-1).int(), offsets
+        return x.new_zeros(found)
 
 
 class _LocalRead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, slot_index: Tensor, shard: ValueShard) -> Tensor:
-        row_index, offsets = _flat(slot_index)
+    def forward(ctx: Any, weight: Tensor, found: LocalRows, shard: ValueShard) -> Tensor:
         flat_weight = weight.detach().reshape(-1)
-        ctx.save_for_backward(row_index, flat_weight, offsets)
-        ctx.shard, ctx.shape = shard, slot_index.shape
-        return shard.gather(row_index, flat_weight, offsets)
+        ctx.save_for_backward(flat_weight)
+        ctx.shard, ctx.found = shard, found
+        return shard.gather(found.row_index, flat_weight, found.offsets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        row_index, weight, offsets = ctx.saved_tensors
-        score_grad = ctx.shard.backward(row_index, weight, offsets, grad)
-        return score_grad.view(ctx.shape), None, None
+        (weight,) = ctx.saved_tensors
+        score_grad = ctx.shard.backward(ctx.found.row_index, weight, ctx.found.offsets, grad)
+        return score_grad.view(ctx.found.shape), None, None
 
 
 class _LocalDot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slot_index: Tensor, shard: ValueShard) -> Tensor:
-        row_index, offsets = _flat(slot_index)
+    def forward(ctx: Any, x: Tensor, found: LocalRows, shard: ValueShard) -> Tensor:
         x = x.detach().contiguous()
-        ctx.save_for_backward(row_index, offsets, x)
-        ctx.shard = shard
-        return shard.dot(row_index, offsets, x).view(slot_index.shape)
+        ctx.save_for_backward(x)
+        ctx.shard, ctx.found = shard, found
+        return shard.dot(found.row_index, found.offsets, x).view(found.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        row_index, offsets, x = ctx.saved_tensors
-        return ctx.shard.dot_backward(row_index, grad.reshape(-1), offsets, x), None, None
+        (x,) = ctx.saved_tensors
+        return ctx.shard.dot_backward(ctx.found.row_index, grad.reshape(-1), ctx.found.offsets, x), None, None

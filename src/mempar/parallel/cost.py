@@ -7,7 +7,7 @@ over i; D_j is the width of column shard j; b bytes a value, e an entry, s a sco
 per-token count.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mempar.parallel.shard_plan import ShardPlan
 
@@ -37,10 +37,6 @@ class ExchangeBytes:
     output_grads_inside: int
     score_grads: int
 
-    def with_recomputation(self) -> "ExchangeBytes":
-        """The same where the layer is computed again in backward: its forward phases run twice."""
-        return replace(self, split_sizes=2 * self.split_sizes, entries=2 * self.entries, values=2 * self.values)
-
 
 def exchange_bytes(
     plan: ShardPlan,
@@ -53,8 +49,14 @@ def exchange_bytes(
     tokens_known: bool = True,
     hops: int = 1,
     merged: bool = False,
+    products: bool = False,
+    recomputed: bool = False,
 ) -> ExchangeBytes:
     """Bytes sent by one member of a memory-parallel group.
+
+    Products of a second table's rows with the tokens (PEER) find their rows together with the read, and
+    otherwise send what a read sends, backward before forward. What is computed again in backward repeats
+    its forward pass.
 
     Args:
         plan: cuts of the table.
@@ -66,6 +68,8 @@ def exchange_bytes(
         tokens_known: whether every member knows the others' token counts beforehand.
         hops: hops of values and output gradients.
         merged: whether reads of a token that chose the same slot travel as one entry.
+        products: whether rows of a second table are multiplied with the tokens too.
+        recomputed: whether the layer is computed again in backward.
 
     Returns:
         Bytes by phase.
@@ -76,7 +80,8 @@ def exchange_bytes(
     width, rows = widths[rank], plan.num_row_shards
     my_tokens, all_tokens = token_counts[rank], sum(token_counts)
     row_tokens = sum(token_counts[plan.row_shard(rank) :: rows])
-    entry_bytes = INDEX_BYTES + value_bytes
+    # How often rows are found, weights and sums travel, and gradients and products do.
+    finds, reads_out, reads_back = 1 + recomputed, 1 + products + recomputed, 1 + products + (products and recomputed)
     # With one row shard and nothing merged, every token has M entries for every member.
     fixed = rows == 1 and not merged
     per_token = 0 if fixed else (1 if reads <= 255 else 2)
@@ -84,16 +89,18 @@ def exchange_bytes(
     sent_entries = sum(owned[rank][plan.row_shard(q)] for q in others)
     answered_entries = sum(owned[q][plan.row_shard(rank)] for q in others)
     one, two = hops == 1, hops == 2
+    out, back = reads_out * value_bytes * width, reads_back * value_bytes
     return ExchangeBytes(
-        split_sizes=COUNT_BYTES * counts_sent * len(others),
-        entries=entry_bytes * sent_entries + per_token * my_tokens * len(others),
-        values=one * value_bytes * width * (all_tokens - my_tokens),
-        values_inside=two * value_bytes * width * (all_tokens - row_tokens),
-        values_across=two * value_bytes * width * (row_tokens - my_tokens),
-        output_grads=one * value_bytes * my_tokens * sum(widths[q] for q in others),
-        output_grads_across=two * value_bytes * my_tokens * (plan.value_dim - width),
-        output_grads_inside=two * value_bytes * row_tokens * width * (rows - 1),
-        score_grads=value_bytes * answered_entries,
+        split_sizes=finds * COUNT_BYTES * counts_sent * len(others),
+        entries=(finds * INDEX_BYTES + reads_out * value_bytes) * sent_entries
+        + finds * per_token * my_tokens * len(others),
+        values=one * out * (all_tokens - my_tokens),
+        values_inside=two * out * (all_tokens - row_tokens),
+        values_across=two * out * (row_tokens - my_tokens),
+        output_grads=one * back * my_tokens * sum(widths[q] for q in others),
+        output_grads_across=two * back * my_tokens * (plan.value_dim - width),
+        output_grads_inside=two * back * row_tokens * width * (rows - 1),
+        score_grads=back * answered_entries,
     )
 
 
@@ -111,13 +118,31 @@ def forward_bytes_across(plan: ShardPlan, rank: int, *, reads: int, value_bytes:
 
 
 def token_split_bytes(
-    tp: int, num_tokens: int, *, value_dim: int, reads: int, value_bytes: int, score_bytes: int
+    tp: int,
+    num_tokens: int,
+    *,
+    value_dim: int,
+    reads: int,
+    value_bytes: int,
+    score_bytes: int,
+    vector_bytes: int = 0,
+    recomputed: bool = False,
 ) -> tuple[int, int]:
-    """Bytes sent by a tensor-parallel rank that looked up `num_tokens`: outputs, then score gradients.
+    """Bytes sent by a tensor-parallel rank that looked up `num_tokens`: forward, then backward.
 
-    Where the layer is computed again in backward, the outputs are gathered twice.
+    Args:
+        tp: ranks that hold the same tokens.
+        num_tokens: of this rank's share.
+        value_dim: D.
+        reads: M.
+        value_bytes: bytes of a value and of a product.
+        score_bytes: bytes of a weight's gradient.
+        vector_bytes: bytes of the numbers that rows of a second table are multiplied with; 0 without one.
+        recomputed: whether the layer is computed again in backward.
     """
-    return (tp - 1) * num_tokens * value_dim * value_bytes, (tp - 1) * num_tokens * reads * score_bytes
+    outputs = value_bytes * (value_dim + (reads if vector_bytes else 0))
+    gradients = score_bytes * reads + vector_bytes * value_dim
+    return (tp - 1) * num_tokens * outputs * (1 + recomputed), (tp - 1) * num_tokens * gradients
 
 
 def copy_sync_bytes(num_copies: int, num_rows: int, *, num_columns: int, grad_bytes: int) -> int:

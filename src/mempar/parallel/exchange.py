@@ -13,7 +13,7 @@ travel. F2 and B1, the bulk of the bytes, go in one hop or two (one_hop.py, two_
 
 The transpose, rows times a vector of each token, takes the same roads: vectors travel as output
 gradients do (B1), products as score gradients (B2), and backward their gradients as weights (F1) and
-the vectors' as values (F2).
+the vectors' as values (F2). Tables that are cut alike share C and the rows of F1.
 
 Every member of the group must make the same calls in the same order, with no tokens too.
 """
@@ -70,9 +70,10 @@ class ValueRoute(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What this rank was asked for in one read, and how it asked the others.
+    """What this rank was asked for in one lookup, and how it asked the others.
 
     Attributes:
+        shape: `[T, M]`, this rank's reads.
         routed: this rank's entries.
         receive_sizes: entries received from each member.
         token_counts: tokens of each member.
@@ -80,6 +81,7 @@ class Request:
         offsets: `[T_sum + 1] int32`, where each token's entries start.
     """
 
+    shape: torch.Size
     routed: RoutedEntries
     receive_sizes: list[int]
     token_counts: list[int]
@@ -117,38 +119,16 @@ class ShardedReader:
         self.merge = merge
         self.row_cuts = plan.row_cuts
 
-    def read(self, slot_index: Tensor, weight: Tensor, token_counts: list[int] | None = None) -> Tensor:
-        """Sum the weighted rows of every token, wherever they lie.
-
-        Args:
-            slot_index: `[T, M] int64`, M equal on all members.
-            weight: `[T, M]`; differentiable.
-            token_counts: T of every member, where known; otherwise they are exchanged too.
-
-        Returns:
-            `[T, D]` in the table's dtype.
-        """
-        return _ShardedRead.apply(weight.to(self.store.values.dtype), slot_index, token_counts, self)
-
-    def dot(self, slot_index: Tensor, x: Tensor, token_counts: list[int] | None = None) -> Tensor:
-        """Multiply chosen rows with a vector of their token, wherever they lie.
-
-        Args:
-            slot_index: `[T, M] int64`, M equal on all members.
-            x: `[T, D]`; differentiable.
-            token_counts: as in `read`.
-
-        Returns:
-            `[T, M]` in the table's dtype.
-        """
-        return _ShardedDot.apply(x.to(self.store.values.dtype), slot_index, token_counts, self)
-
-    def request(self, slot_index: Tensor, token_counts: list[int] | None = None) -> Request:
+    def find(self, slot_index: Tensor, token_counts: list[int] | None = None) -> Request:
         """Phase C and the rows of F1: tell the owners which rows this rank wants.
 
         Args:
             slot_index: `[T, M] int64`, M equal on all members.
             token_counts: T of every member, where known; otherwise they are exchanged too.
+
+        Returns:
+            What `read` and `dot` take, of this reader and of readers of other tables with the same row cuts in
+            the same group.
         """
         routed = route(slot_index, self.row_cuts, merge=self.merge)
         receive_sizes, token_counts = self._sizes(slot_index, routed, token_counts)
@@ -161,12 +141,37 @@ class ShardedReader:
         offsets = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
         torch.cumsum(counts, 0, out=offsets[1:])
         return Request(
+            shape=slot_index.shape,
             routed=routed,
             receive_sizes=receive_sizes,
             token_counts=token_counts,
             row_index=row_index,
             offsets=offsets,
         )
+
+    def read(self, found: Request, weight: Tensor) -> Tensor:
+        """Sum the weighted rows of every token, wherever they lie.
+
+        Args:
+            found: the rows, from `find`.
+            weight: `[T, M]`; differentiable.
+
+        Returns:
+            `[T, D]` in the table's dtype.
+        """
+        return _ShardedRead.apply(weight.to(self.store.values.dtype), found, self)
+
+    def dot(self, found: Request, x: Tensor) -> Tensor:
+        """Multiply chosen rows with a vector of their token, wherever they lie.
+
+        Args:
+            found: the rows, from `find`.
+            x: `[T, D]`; differentiable.
+
+        Returns:
+            `[T, M]` in the table's dtype.
+        """
+        return _ShardedDot.apply(x.to(self.store.values.dtype), found, self)
 
     def send_weights(self, weight: Tensor, request: Request) -> Tensor:
         """The weights of F1: tell the owners how this rank's reads weigh.
@@ -236,43 +241,37 @@ class ShardedReader:
 
 class _ShardedRead(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, slot_index: Tensor, token_counts: list[int] | None, reader: ShardedReader
-    ) -> Tensor:
-        request = reader.request(slot_index, token_counts)
+    def forward(ctx: Any, weight: Tensor, request: Request, reader: ShardedReader) -> Tensor:
         owner_weight = reader.send_weights(weight.detach(), request)
-        ctx.reader, ctx.request, ctx.shape = reader, request, slot_index.shape
+        ctx.reader, ctx.request = reader, request
         ctx.save_for_backward(owner_weight)
         partial = reader.store.gather(request.row_index, owner_weight, request.offsets)
         return reader.return_values(partial, request)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         reader, request = ctx.reader, ctx.request
         (owner_weight,) = ctx.saved_tensors
         owner_grad = reader.send_output_grads(grad, request)
         score_grad = reader.store.backward(request.row_index, owner_weight, request.offsets, owner_grad)
-        return reader.return_score_grads(score_grad, request).view(ctx.shape), None, None, None
+        return reader.return_score_grads(score_grad, request).view(request.shape), None, None
 
 
 class _ShardedDot(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, slot_index: Tensor, token_counts: list[int] | None, reader: ShardedReader
-    ) -> Tensor:
-        request = reader.request(slot_index, token_counts)
+    def forward(ctx: Any, x: Tensor, request: Request, reader: ShardedReader) -> Tensor:
         owner_x = reader.send_output_grads(x.detach(), request)
         ctx.reader, ctx.request = reader, request
         ctx.save_for_backward(owner_x)
         products = reader.store.dot(request.row_index, request.offsets, owner_x)
-        return reader.return_score_grads(products, request).view(slot_index.shape)
+        return reader.return_score_grads(products, request).view(request.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         reader, request = ctx.reader, ctx.request
         (owner_x,) = ctx.saved_tensors
         owner_grad = reader.send_weights(grad, request)
         partial = reader.store.dot_backward(request.row_index, owner_grad, request.offsets, owner_x)
-        return reader.return_values(partial, request), None, None, None
+        return reader.return_values(partial, request), None, None

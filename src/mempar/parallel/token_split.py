@@ -7,6 +7,7 @@ equal on all of them.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,13 +21,32 @@ from mempar.parallel.collectives import MemberGroup
 class Reader(Protocol):
     """The reader that looks up one share."""
 
-    def read(self, slot_index: Tensor, weight: Tensor, token_counts: list[int] | None = None) -> Tensor:
+    def find(self, slot_index: Tensor, token_counts: list[int] | None = None) -> Any:
+        """Find the rows of slots `[T, M]`."""
+        ...
+
+    def read(self, found: Any, weight: Tensor) -> Tensor:
         """Sum the weighted rows `[T, D]` of every token."""
         ...
 
-    def dot(self, slot_index: Tensor, x: Tensor, token_counts: list[int] | None = None) -> Tensor:
+    def dot(self, found: Any, x: Tensor) -> Tensor:
         """Multiply chosen rows with a vector of their token: `[T, M]`."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The rows of this rank's share of the tokens.
+
+    Attributes:
+        found: where `inner` found them.
+        sizes: tokens of each tensor-parallel rank.
+        mine: this rank's.
+    """
+
+    found: Any
+    sizes: list[int]
+    mine: slice
 
 
 class TokenSplitReader:
@@ -44,31 +64,13 @@ class TokenSplitReader:
         self.group = tensor_group
         self.member_tp_ranks = member_tp_ranks
 
-    def read(self, slot_index: Tensor, weight: Tensor, token_counts: list[int] | None = None) -> Tensor:
-        """Read as `inner` would read all tokens.
+    def find(self, slot_index: Tensor, token_counts: list[int] | None = None) -> Share:
+        """Find the rows of this rank's share.
 
         Args:
             slot_index: `[T, M] int64`, equal on all ranks of the tensor-parallel group.
-            weight: `[T, M]`, equal likewise; differentiable.
             token_counts: T of every member of the memory-parallel group, where known.
-
-        Returns:
-            `[T, D]`, equal on all ranks of the tensor-parallel group.
         """
-        return self._shared(self.inner.read, slot_index, weight, token_counts)
-
-    def dot(self, slot_index: Tensor, x: Tensor, token_counts: list[int] | None = None) -> Tensor:
-        """Multiply as `inner` would multiply all tokens; arguments `[T, M]` and `[T, D]` are equal on all ranks."""
-        return self._shared(self.inner.dot, slot_index, x, token_counts)
-
-    def _shared(
-        self,
-        look_up: Callable[[Tensor, Tensor, list[int] | None], Tensor],
-        slot_index: Tensor,
-        given: Tensor,
-        token_counts: list[int] | None,
-    ) -> Tensor:
-        """Look up this rank's share and gather the others'."""
         sizes = part_sizes(len(slot_index), self.group.size)
         cuts = even_cuts(len(slot_index), self.group.size)
         mine = slice(cuts[self.group.rank], cuts[self.group.rank + 1])
@@ -77,30 +79,50 @@ class TokenSplitReader:
                 part_sizes(count, self.group.size)[tp_rank]
                 for count, tp_rank in zip(token_counts, self.member_tp_ranks, strict=True)
             ]
-        share = look_up(slot_index[mine], _TakeShare.apply(given, sizes, mine, self.group), token_counts)
-        return _GatherShares.apply(share, sizes, mine, self.group)
+        return Share(found=self.inner.find(slot_index[mine], token_counts), sizes=sizes, mine=mine)
+
+    def read(self, found: Share, weight: Tensor) -> Tensor:
+        """Read as `inner` would read all tokens.
+
+        Args:
+            found: this rank's share, from `find`.
+            weight: `[T, M]`, equal on all ranks of the tensor-parallel group; differentiable.
+
+        Returns:
+            `[T, D]`, equal likewise.
+        """
+        return self._shared(self.inner.read, found, weight)
+
+    def dot(self, found: Share, x: Tensor) -> Tensor:
+        """Multiply as `inner` would multiply all tokens: `[T, M]` of `x [T, D]`, both equal on all ranks."""
+        return self._shared(self.inner.dot, found, x)
+
+    def _shared(self, look_up: Callable[[Any, Tensor], Tensor], share: Share, given: Tensor) -> Tensor:
+        """Look up this rank's share and gather the others'."""
+        out = look_up(share.found, _TakeShare.apply(given, share, self.group))
+        return _GatherShares.apply(out, share, self.group)
 
 
 class _TakeShare(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, given: Tensor, sizes: list[int], mine: slice, group: MemberGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return given[mine].contiguous()
+    def forward(ctx: Any, given: Tensor, share: Share, group: MemberGroup) -> Tensor:
+        ctx.sizes, ctx.group = share.sizes, group
+        return given[share.mine].contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.group.share(grad.contiguous(), ctx.sizes, "score_gather"), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.group.share(grad.contiguous(), ctx.sizes, "score_gather"), None, None
 
 
 class _GatherShares(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, share: Tensor, sizes: list[int], mine: slice, group: MemberGroup) -> Tensor:
-        ctx.mine = mine
-        return group.share(share.contiguous(), sizes, "token_gather")
+    def forward(ctx: Any, out: Tensor, share: Share, group: MemberGroup) -> Tensor:
+        ctx.mine = share.mine
+        return group.share(out.contiguous(), share.sizes, "token_gather")
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # The gradient is equal on all ranks: what follows the lookup ran on all of them.
-        return grad[ctx.mine].contiguous(), None, None, None
+        return grad[ctx.mine].contiguous(), None, None
