@@ -80,11 +80,11 @@ class LayoutRuns:
     def __init__(self, pool: RankPool, order: Sequence[Case]) -> None:
         self.pool, self.order = pool, list(order)
         self._jobs: dict[Any, Job] = {}
-        self._histories: dict[Any, History] = {}
+        self._histories: dict[int, History] = {}
 
     def reference(self, case: Case) -> History:
         """The single process's history of a case."""
-        return self._history(case.single, self._start_reference(case), case.single)
+        return self._history(self._start_reference(case), case.single)
 
     def history(self, case: Case) -> History:
         """The history of a case's layout; the next cases are started too."""
@@ -93,12 +93,14 @@ class LayoutRuns:
             self._start_reference(ahead)
         for ahead in self.order[place : place + CASES_AHEAD]:
             self._start(ahead)
-        return self._history(case, self._start(case), case.run)
+        return self._history(self._start(case), case.run)
 
     def _start_reference(self, case: Case) -> Job:
-        if case.single not in self._jobs:
-            self._jobs[case.single] = self.pool.submit(1, train_reference, case.single, STEPS)
-        return self._jobs[case.single]
+        # What is compared after one step needs no more of its own.
+        steps = 1 if case.leg == "float32" else STEPS
+        if (case.single, steps) not in self._jobs:
+            self._jobs[case.single, steps] = self.pool.submit(1, train_reference, case.single, steps)
+        return self._jobs[case.single, steps]
 
     def _start(self, case: Case) -> Job:
         if case not in self._jobs:
@@ -111,10 +113,10 @@ class LayoutRuns:
             self._jobs[case] = self.pool.submit(case.world_size, train, *arguments)
         return self._jobs[case]
 
-    def _history(self, key: Any, job: Job, run: RunConfig) -> History:
-        if key not in self._histories:
-            self._histories[key] = joined(run, job.result())
-        return self._histories[key]
+    def _history(self, job: Job, run: RunConfig) -> History:
+        if job.number not in self._histories:
+            self._histories[job.number] = joined(run, job.result())
+        return self._histories[job.number]
 
     def replayed_once(self, case: Case) -> History:
         """One step of a case's layout that reads the reference's slots."""

@@ -102,7 +102,7 @@ def test_layer_adds_the_gradient_to_queries_and_keys() -> None:
 
 def coverage(pool: RankPool, coefficient: float, world_size: int, **layout: Any) -> tuple[int, list[float]]:
     """Distinct (block, slot) pairs read in the last step of a run, and its balance losses."""
-    run = toy_run(**layout)
+    run = toy_run(micro_batches=2, **layout)
     memory = replace(run.memory, num_subkeys=24, top_k=2, balance_loss=coefficient)
     run = replace(run, memory=memory, optim=replace(run.optim, lr=1e-2, schedule="constant"))
     history = joined(run, pool.run(world_size, train, run, STEPS, None, ("slots",)))

@@ -95,8 +95,13 @@ def rows_of(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_ranks_train_resume_and_refuse_like_one(tmp_path: Path) -> None:
-    cache = f"data.cache={tmp_path}/cache"
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The setting of a cache that the first run fills."""
+    return f"data.cache={tmp_path_factory.mktemp('cache')}"
+
+
+def test_two_ranks_train_resume_and_refuse_like_one(cache: str, tmp_path: Path) -> None:
     one = mempar("train", "smoke", *TINY, cache, "--out", f"{tmp_path}/one")
     assert one.returncode == 0, one.stderr
     two = mempar("train", "smoke", *TINY, cache, "parallel.mp=2", "--out", f"{tmp_path}/two")
@@ -114,8 +119,7 @@ def test_two_ranks_train_resume_and_refuse_like_one(tmp_path: Path) -> None:
     assert [row["step"] for row in rows_of(tmp_path / "branch")] == [2, 3, 3]
 
 
-def test_experts_train_and_are_continued_on_other_ranks(tmp_path: Path) -> None:
-    cache = f"data.cache={tmp_path}/cache"
+def test_experts_train_and_are_continued_on_other_ranks(cache: str, tmp_path: Path) -> None:
     experts = [*TINY, cache, "memory.enabled=false", "moe.num_experts=4", "moe.ffn_hidden_size=32", "moe.layers=[1,3]"]
     two = mempar("train", "smoke", *experts, "parallel.ep=2", "--out", f"{tmp_path}/two")
     assert two.returncode == 0, two.stderr

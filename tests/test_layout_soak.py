@@ -33,6 +33,7 @@ from rank_pool import RankPool
 from test_layout_law import FLOAT64_LOSS, FLOAT64_NORM, largest_deviation
 from toy import joined, toy_run, train
 
+MOE_KINDS = ("moe", "memory+moe", "memory_plus+moe", "peer+moe")
 SECONDS = float(os.environ.get("MEMPAR_SOAK_SECONDS", "300"))
 MOST_RANKS = 8
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -42,14 +43,14 @@ def drawn_run(seed: int) -> tuple[int, RunConfig]:
     """A number of ranks and a toy run that can be laid out on them, all as likely as another."""
     draw = random.Random(seed)
     while True:
-        world, run = _any_run(draw)
-        if run is None or not 2 <= world <= MOST_RANKS:
-            continue
         try:
+            world, run = _any_run(draw)
+            if run is None or not 2 <= world <= MOST_RANKS:
+                continue
             run = resolve(run, world)
             place(run, world)
         except ConfigError:
-            # More column shards than tiles.
+            # More column shards than tiles; experts under tensor parallelism alone.
             continue
         return world, run
 
@@ -67,8 +68,13 @@ def _any_run(draw: random.Random) -> tuple[int, RunConfig | None]:
         "mp": mp,
         "mp_rows": draw.choice([rows for rows in range(1, mp + 1) if mp % rows == 0]),
     }
-    model = {axis: draw.choice(AXES[axis]) for axis in ("kind", "optimizer", "tied", "ragged", "extras")}
-    axes = {"kind": model["kind"], "optimizer": model["optimizer"], "extras": model["extras"]}
+    sizes["mp_hops"] = draw.choice((1, 2)) if 1 < sizes["mp_rows"] < mp else 1
+    model = {axis: draw.choice(AXES[axis]) for axis in ("optimizer", "tied", "ragged", "extras", "merge")}
+    model["kind"] = draw.choice((*AXES["kind"], *MOE_KINDS))
+    if "moe" in model["kind"]:
+        # Two or four of the toy's experts on each rank.
+        sizes["ep"] = draw.choice([size for size in (1, 2) if dp % size == 0])
+    axes = {axis: model[axis] for axis in ("kind", "optimizer", "extras", "merge")}
     if not is_possible(stage * pp, sizes, leg="float64", **axes):
         return stage * pp, None
     run = toy_run(dtype="float64", **model, **sizes)
@@ -84,8 +90,15 @@ def _any_run(draw: random.Random) -> tuple[int, RunConfig | None]:
 
 
 def alone(run: RunConfig) -> RunConfig:
-    """The same run in a single process that keeps its activations and has no padding."""
-    return replace(run, parallel=ParallelConfig(), train=replace(run.train, recompute="none", micro_batch_size=1))
+    """The same run in a single process that merges nothing, keeps its activations and has no padding."""
+    memories = [replace(memory, merge_duplicates="off") for memory in (run.memory, *run.more_memories)]
+    return replace(
+        run,
+        memory=memories[0],
+        more_memories=tuple(memories[1:]),
+        parallel=ParallelConfig(),
+        train=replace(run.train, recompute="none", micro_batch_size=1),
+    )
 
 
 def deviations(pool: RankPool, world: int, run: RunConfig) -> dict[str, float]:
@@ -133,7 +146,11 @@ def test_float64_run_equals_single_process_in_layouts_drawn_at_random(pool: Rank
                 name: getattr(run.train, name)
                 for name in ("global_batch_size", "micro_batch_size", "recompute", "recompute_modules")
             },
-            "memories": [(m.variant, m.layers, m.beside, m.optimizer, m.qk_norm) for m in run.memories.values()],
+            "memories": [
+                (m.variant, m.layers, m.beside, m.optimizer, m.qk_norm, m.merge_duplicates)
+                for m in run.memories.values()
+            ],
+            "experts": run.moe.num_experts,
             "tied": run.model.tie_embeddings,
             "num_subkeys": run.memory.num_subkeys,
             "failure": "in the middle",

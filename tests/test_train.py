@@ -4,7 +4,9 @@ layout.json is written by mempar.runtime.layout_report.
 """
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,7 @@ def toy(
         train=TrainConfig(
             steps=5,
             global_batch_size=12,
+            micro_batch_size=2,
             seq_length=12,
             dtype=dtype,
             save_interval=3,
@@ -109,6 +112,19 @@ def train(pool: RankPool, run: RunConfig, root: Path, *, ranks: int | None = Non
     load = directory.latest_checkpoint() if resume else None
     pool.run(ranks or run.parallel.smallest_world, run_on_rank, str(root), str(load) if load else None)
     return [row for row in read_rows(directory.metrics) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def single_runs(
+    pool: RankPool, paths: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], list[dict]]:
+    """The uninterrupted run of a single process with a table optimizer, trained once."""
+
+    @functools.cache
+    def rows(optimizer: str) -> list[dict]:
+        return train(pool, toy(paths, optimizer=optimizer), tmp_path_factory.mktemp("single") / optimizer)
+
+    return rows
 
 
 # Beginnings of the names of usage figures.
@@ -172,12 +188,17 @@ def test_resume_in_the_same_layout_is_bit_for_bit_the_uninterrupted_run(
     ],
 )
 def test_resume_in_another_layout_keeps_the_layout_law(
-    pool: RankPool, paths: tuple[str, ...], tmp_path: Path, saved_in: str, resumed_in: str
+    pool: RankPool,
+    paths: tuple[str, ...],
+    single_runs: Callable[[str], list[dict]],
+    tmp_path: Path,
+    saved_in: str,
+    resumed_in: str,
 ) -> None:
     optimizer = {"mp3-rows": "adamw", "tp2-mp4-rows": "row_adagrad", "pp2-mp2-columns": "row_adagrad"}.get(
         saved_in, "row_adam"
     )
-    whole = train(pool, toy(paths, optimizer=optimizer), tmp_path / "whole")
+    whole = single_runs(optimizer)
     train(pool, until(toy(paths, optimizer=optimizer, **LAYOUTS[saved_in]), 3), tmp_path / "parts")
     parts = train(pool, toy(paths, optimizer=optimizer, **LAYOUTS[resumed_in]), tmp_path / "parts", resume=True)
     for before, after in zip(whole, parts, strict=True):

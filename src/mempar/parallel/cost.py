@@ -54,10 +54,6 @@ def exchange_bytes(
 ) -> ExchangeBytes:
     """Bytes sent by one member of a memory-parallel group.
 
-    Products of a second table's rows with the tokens (PEER) find their rows together with the read, and
-    otherwise send what a read sends, backward before forward. What is computed again in backward repeats
-    its forward pass.
-
     Args:
         plan: cuts of the table.
         rank: the member.
@@ -80,8 +76,7 @@ def exchange_bytes(
     width, rows = widths[rank], plan.num_row_shards
     my_tokens, all_tokens = token_counts[rank], sum(token_counts)
     row_tokens = sum(token_counts[plan.row_shard(rank) :: rows])
-    # How often rows are found, weights and sums travel, and gradients and products do.
-    finds, reads_out, reads_back = 1 + recomputed, 1 + products + recomputed, 1 + products + (products and recomputed)
+    finds, outward, back = _trips(products=products, recomputed=recomputed)
     # With one row shard and nothing merged, every token has M entries for every member.
     fixed = rows == 1 and not merged
     per_token = 0 if fixed else (1 if reads <= 255 else 2)
@@ -89,19 +84,27 @@ def exchange_bytes(
     sent_entries = sum(owned[rank][plan.row_shard(q)] for q in others)
     answered_entries = sum(owned[q][plan.row_shard(rank)] for q in others)
     one, two = hops == 1, hops == 2
-    out, back = reads_out * value_bytes * width, reads_back * value_bytes
+    sums, grads = outward * value_bytes * width, back * value_bytes
     return ExchangeBytes(
         split_sizes=finds * COUNT_BYTES * counts_sent * len(others),
-        entries=(finds * INDEX_BYTES + reads_out * value_bytes) * sent_entries
+        entries=(finds * INDEX_BYTES + outward * value_bytes) * sent_entries
         + finds * per_token * my_tokens * len(others),
-        values=one * out * (all_tokens - my_tokens),
-        values_inside=two * out * (all_tokens - row_tokens),
-        values_across=two * out * (row_tokens - my_tokens),
-        output_grads=one * back * my_tokens * sum(widths[q] for q in others),
-        output_grads_across=two * back * my_tokens * (plan.value_dim - width),
-        output_grads_inside=two * back * row_tokens * width * (rows - 1),
-        score_grads=back * answered_entries,
+        values=one * sums * (all_tokens - my_tokens),
+        values_inside=two * sums * (all_tokens - row_tokens),
+        values_across=two * sums * (row_tokens - my_tokens),
+        output_grads=one * grads * my_tokens * sum(widths[q] for q in others),
+        output_grads_across=two * grads * my_tokens * (plan.value_dim - width),
+        output_grads_inside=two * grads * row_tokens * width * (rows - 1),
+        score_grads=grads * answered_entries,
     )
+
+
+def _trips(*, products: bool, recomputed: bool) -> tuple[int, int, int]:
+    """How often a step finds rows, sends weights out and sums back, and sends gradients out and scores back.
+
+    A product travels as the backward pass of a read does, and its backward pass as a read.
+    """
+    return 1 + recomputed, 1 + products + recomputed, 1 + products * (1 + recomputed)
 
 
 def forward_bytes_across(plan: ShardPlan, rank: int, *, reads: int, value_bytes: int, hops: int) -> int:

@@ -37,7 +37,7 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
         text = assignment if value else f'{key}=""'
         if _type_of(config, key) == "str" and value.lower() in _TRUTH_VALUES:
             text = f'{key}="{value}"'
-        schema = _merge(schema, lambda text=text: OmegaConf.from_dotlist([text]), key, f"'{assignment}'", config)
+        _set(schema, lambda text=text: OmegaConf.from_dotlist([text]), key, f"'{assignment}'", config)
     return _freeze(schema)
 
 
@@ -59,7 +59,7 @@ def load_yaml(path: Path) -> RunConfig:
     for section, settings in ((str(name), settings) for name, settings in given.items()):
         _check_key(default, section)
         if section not in _sections(default):
-            schema = _merge(schema, lambda s=section, v=settings: OmegaConf.create({s: v}), section, str(path), default)
+            _set(schema, lambda s=section, v=settings: OmegaConf.create({s: v}), section, str(path), default)
             continue
         if not isinstance(settings, dict):
             raise ConfigError(f"{path}: {section} must be a section of settings; write {section}: {{NAME: VALUE}}.")
@@ -71,7 +71,7 @@ def load_yaml(path: Path) -> RunConfig:
                     f"{path}: {key} must be str, but YAML reads on, off, yes and no as true or false; put it in quotes."
                 )
             nested = {section: {name: value}}
-            schema = _merge(schema, lambda nested=nested: OmegaConf.create(nested), key, str(path), default)
+            _set(schema, lambda nested=nested: OmegaConf.create(nested), key, str(path), default)
     return _freeze(schema)
 
 
@@ -116,28 +116,25 @@ def _open_schema(config: RunConfig) -> DictConfig:
     return schema
 
 
-def _merge(schema: DictConfig, parse: Callable[[], Any], key: str, source: str, config: RunConfig) -> DictConfig:
-    """Set one key; whatever is wrong with its value is said in terms of that key."""
+def _set(schema: DictConfig, parse: Callable[[], Any], key: str, source: str, config: RunConfig) -> None:
+    """Set one key in place; whatever is wrong with its value is said in terms of that key."""
     try:
         given = parse()
         if OmegaConf.missing_keys(given):
             raise ValueError("??? stands for a missing value")
         if key == "more_memories":
             given = OmegaConf.create({key: [_memory(item) for item in given[key]]})
-        merged = OmegaConf.merge(schema, given)
+        schema.merge_with(given)
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError):
         raise ConfigError(f"{source}: {key} must be {_type_of(config, key)}; give a value of that type.") from None
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 def _memory(settings: Any) -> DictConfig:
     """One of `more_memories`, with every name and type checked; OmegaConf does not look into tuples."""
     schema = OmegaConf.structured(MemoryConfig())
     OmegaConf.set_readonly(schema, False)
-    merged = OmegaConf.merge(schema, settings)
-    assert isinstance(merged, DictConfig)
-    return merged
+    schema.merge_with(settings)
+    return schema
 
 
 def _freeze(schema: DictConfig) -> RunConfig:
