@@ -55,6 +55,19 @@ from mempar.runtime.config import DataConfig, ModelConfig, OptimConfig, Parallel
         (lambda: DataConfig(paths=("a",), weights=(math.nan,)), r"data\.weights=\[nan\]"),
         (lambda: MemoryConfig(usage_interval=-5), r"memory\.usage_interval=-5 "),
         (lambda: RunConfig(memory=MemoryConfig()), r"memory\.layers is empty"),
+        (lambda: replace(BASE, name="../x"), r"name='\.\./x' .*one part of a path"),
+        (lambda: replace(BASE, name=""), r"name='' "),
+        (lambda: replace(BASE, train=TrainConfig(seq_length=30)).with_parallel(cp=2), r"=30 .*cp=2.*2\*cp = 4"),
+        (
+            lambda: replace(BASE, train=TrainConfig(seq_length=12)).with_parallel(cp=2, tp=4, sequence_parallel=True),
+            r"train\.seq_length=12 ",
+        ),
+        (
+            lambda: replace(
+                BASE, memory=replace(MEMORY, moments_dtype="bf16"), train=TrainConfig(dtype="float64", seq_length=32)
+            ),
+            r"memory\.moments_dtype=bf16 with a table in float64",
+        ),
         (lambda: replace(BASE, memory=replace(MEMORY, layers=(4, 24))), r"\[4, 24\] .*blocks 0 to 23"),
         (lambda: replace(BASE, memory=replace(MEMORY, layers=(-1, 4))), r"\[-1, 4\] .*blocks 0 to 23"),
         (

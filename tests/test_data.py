@@ -13,9 +13,9 @@ from torch import nn
 
 from mempar.errors import ConfigError
 from mempar.runtime.config import DataConfig, RunConfig, TrainConfig
-from mempar.runtime.data import Samples, micro_batches
+from mempar.runtime.data import Batch, Samples, context_share, micro_batches
 from mempar.runtime.logical import LogicalParameter, initial_value, logical_parameters
-from mempar.runtime.mcore import IndexedDatasetBuilder
+from mempar.runtime.mcore import IndexedDatasetBuilder, parallel_state
 from mempar.runtime.preflight import check_data
 from mempar.runtime.tokenizer import BYTE_VOCAB, ByteTokenizer, vocab_size
 
@@ -319,7 +319,43 @@ def test_initial_value_has_the_spread_of_its_kind(name: str, deviation: float) -
 
 
 @pytest.mark.parametrize(
-    "name", ["decoder.final_layernorm.weight", "decoder.layers.3.pre_mlp_layernorm.weight", "x.mlp.query_norm.weight"]
+    "name",
+    [
+        "decoder.final_layernorm.weight",
+        "decoder.layers.3.pre_mlp_layernorm.weight",
+        "x.mlp.query_norm.weight",
+        # TransformerEngine's linear layers hold the norms before them.
+        "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight",
+        "decoder.layers.3.mlp.linear_fc1.layer_norm_weight",
+    ],
 )
 def test_initial_norms_are_one(name: str) -> None:
     assert torch.equal(initial(name, (5,)), torch.ones(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_context_shares_make_up_the_micro_batch(monkeypatch: pytest.MonkeyPatch, cp: int) -> None:
+    tokens = torch.arange(48).view(3, 16)
+    batch = Batch(
+        tokens=tokens,
+        labels=tokens + 1,
+        loss_mask=tokens.float(),
+        position_ids=torch.arange(16).expand(3, -1),
+        sample_ids=[5, 6],
+        sample_counts=[2, 3],
+    )
+    monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: cp)
+    shares = []
+    for rank in range(cp):
+        monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda rank=rank: rank)
+        shares.append(context_share(batch))
+    for share in shares:
+        assert share.tokens.shape == (3, 16 // cp)
+        assert torch.equal(share.labels, share.tokens + 1)
+        assert torch.equal(share.loss_mask, share.tokens.float())
+        assert torch.equal(share.position_ids[0], share.tokens[0])
+        assert (share.sample_ids, share.sample_counts) == ([5, 6], [2, 3])
+    together = torch.cat([share.tokens for share in shares], dim=1)
+    assert torch.equal(together.sort(dim=1).values, tokens)
+    # Under a causal mask late positions cost more: the first rank has the first chunk and the last.
+    assert shares[0].tokens[0, 0] == 0 and shares[0].tokens[0, -1] == 15

@@ -10,7 +10,7 @@ from mempar.kernels.product_topk import reference as topk_reference
 from mempar.kernels.product_topk.stable import stable_topk
 from mempar.kernels.reduce_rows import reduce_rows
 from mempar.kernels.reduce_rows import reference as reduce_reference
-from mempar.kernels.weighted_gather import bag_of_entries, gather_scores, weighted_gather
+from mempar.kernels.weighted_gather import bag_of_entries, gather_scores, scores_in_chunks, weighted_gather
 from mempar.kernels.weighted_gather import reference as gather_reference
 
 NUM_ROWS = 11
@@ -86,10 +86,15 @@ def test_weighted_gather_returns_nothing_when_there_are_no_bags(dtype: torch.dty
 def test_gather_scores_match_reference(case: str, dtype: torch.dtype, index_dtype: torch.dtype) -> None:
     for width in WIDTHS:
         values, row_index, _, offsets, grad = make_bags(case, width, dtype, index_dtype)
-        out = gather_scores(values, row_index, offsets, grad)
         expected = gather_reference.gather_scores(values.double(), row_index, offsets, grad.double())
         magnitude = gather_reference.gather_scores(values.double().abs(), row_index, offsets, grad.double().abs())
-        assert_near(out, expected, magnitude, dtype, width)
+        # The second is what CUDA runs.
+        bags = bag_of_entries(offsets, len(row_index))
+        for out in (
+            gather_scores(values, row_index, offsets, grad),
+            scores_in_chunks(values, row_index, bags, grad, chunk_elements=5 * width + 1),
+        ):
+            assert_near(out, expected, magnitude, dtype, width)
 
 
 @every_case
@@ -98,7 +103,7 @@ def test_gather_scores_match_reference(case: str, dtype: torch.dtype, index_dtyp
 def test_reduce_rows_matches_reference(case: str, dtype: torch.dtype, index_dtype: torch.dtype) -> None:
     for width in WIDTHS:
         _, row_index, weight, offsets, grad = make_bags(case, width, dtype, index_dtype)
-        bag_index = bag_of_entries(offsets)
+        bag_index = bag_of_entries(offsets, len(row_index))
         rows, sums = reduce_rows(row_index, weight, bag_index, grad)
         expected_rows, expected = reduce_reference.reduce_rows(row_index, weight.double(), bag_index, grad.double())
         _, magnitude = reduce_reference.reduce_rows(row_index, weight.double().abs(), bag_index, grad.double().abs())
@@ -110,7 +115,7 @@ def test_reduce_rows_matches_reference(case: str, dtype: torch.dtype, index_dtyp
 @every_case
 def test_references_match_dense_matrices(case: str) -> None:
     values, row_index, weight, offsets, grad = make_bags(case, 5, torch.float64, torch.int64)
-    values, bags = values.nan_to_num(), bag_of_entries(offsets)
+    values, bags = values.nan_to_num(), bag_of_entries(offsets, len(row_index))
     # [B, S], the weight of each row in each bag
     matrix = torch.zeros(len(grad), NUM_ROWS, dtype=torch.float64)
     matrix.index_put_((bags, row_index), weight, accumulate=True)
@@ -130,14 +135,14 @@ def test_gather_scores_and_reduced_rows_are_the_gradients_of_weighted_gather() -
     values_grad, weight_grad = torch.autograd.grad(out, (values, weight), grad)
     scores = gather_scores(values.detach(), row_index, offsets, grad)
     torch.testing.assert_close(scores, weight_grad, rtol=0, atol=1e-12)
-    rows, sums = reduce_rows(row_index, weight.detach(), bag_of_entries(offsets), grad)
+    rows, sums = reduce_rows(row_index, weight.detach(), bag_of_entries(offsets, len(row_index)), grad)
     dense = torch.zeros_like(values).index_copy(0, rows.long(), sums)
     torch.testing.assert_close(dense, values_grad, rtol=0, atol=1e-12)
 
 
 def test_bag_of_entries_skips_empty_bags() -> None:
-    assert bag_of_entries(torch.tensor([0, 0, 2, 2, 3, 3], dtype=torch.int32)).tolist() == [1, 1, 3]
-    assert bag_of_entries(torch.tensor([0])).tolist() == []
+    assert bag_of_entries(torch.tensor([0, 0, 2, 2, 3, 3], dtype=torch.int32), 3).tolist() == [1, 1, 3]
+    assert bag_of_entries(torch.tensor([0]), 0).tolist() == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -57,6 +57,11 @@ def test_spike_began_with_the_first_elevated_loss_before_it() -> None:
     assert judge([1.0] * 5 + [math.nan, 2.5])[0].began == 6
 
 
+def test_skipped_steps_are_judged_where_losses_are_not() -> None:
+    (spike,) = judge([1.0, math.nan, math.nan, math.nan, 9.0], TrainConfig(spike_window=2, spike_skips=3))
+    assert (spike.step, spike.began, spike.skips) == (4, 2, 3)
+
+
 def test_skipped_steps_in_a_row_are_a_spike_once() -> None:
     (spike,) = judge([1.0, 1.0] + [math.nan] * 5 + [1.0])
     assert (spike.step, spike.began, spike.median, spike.skips) == (5, 3, None, 3)

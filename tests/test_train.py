@@ -16,7 +16,7 @@ import torch
 
 from mempar.errors import CheckpointError, ConfigError
 from mempar.memory.config import MemoryConfig
-from mempar.runtime import bringup
+from mempar.runtime import bringup, checkpoint
 from mempar.runtime.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from mempar.runtime.heldout import Heldout
 from mempar.runtime.mcore import IndexedDatasetBuilder
@@ -317,8 +317,8 @@ def test_resume_of_a_finished_run_changes_nothing(pool: RankPool, paths: tuple[s
 def test_other_runs_and_other_models_are_refused(pool: RankPool, paths: tuple[str, ...], tmp_path: Path) -> None:
     run = until(toy(paths), 1)
     train(pool, run, tmp_path / "run")
-    checkpoint = RunDir(tmp_path / "run").latest_checkpoint()
-    assert checkpoint is not None
+    saved = RunDir(tmp_path / "run").latest_checkpoint()
+    assert saved is not None
     with pytest.raises(ConfigError, match="holds a run already"):
         open_new(tmp_path / "run", run)
     reseeded = dataclasses.replace(run, train=dataclasses.replace(run.train, seed=2))
@@ -329,24 +329,28 @@ def test_other_runs_and_other_models_are_refused(pool: RankPool, paths: tuple[st
     assert open_existing(tmp_path / "run", merging).root == tmp_path / "run"
     wider = dataclasses.replace(run, model=dataclasses.replace(run.model, ffn_hidden_size=64))
     with pytest.raises(CheckpointError, match=r"model.ffn_hidden_size is 32 there and 64 here"):
-        read_meta(checkpoint, wider)
+        read_meta(saved, wider)
     distributed = toy(paths, dtype="float32", distributed_optimizer=True)
     with pytest.raises(CheckpointError, match="distributed_optimizer=False"):
-        read_meta(checkpoint, distributed)
+        read_meta(saved, distributed)
     for optimizer, memory, said in (
         ("row_adagrad", {}, "memory.optimizer is adamw or row_adam there and row_adagrad here"),
-        ("row_adam", {"moments_dtype": "bf16"}, "memory.moments_dtype is float32 there and bf16 here"),
+        (
+            "row_adam",
+            {"dtype": "bf16", "moments_dtype": "bf16"},
+            "memory.dtype is float64 there and bf16 here; memory.moments_dtype is float32 there and bf16 here",
+        ),
         ("row_adam", {"dtype": "bf16"}, "memory.dtype is float64 there and bf16 here"),
     ):
         with pytest.raises(CheckpointError, match=said):
-            read_meta(checkpoint, toy(paths, optimizer=optimizer, memory=memory))
+            read_meta(saved, toy(paths, optimizer=optimizer, memory=memory))
     # They keep the same moments.
-    assert read_meta(checkpoint, toy(paths, optimizer="adamw"))["step"] == 1
+    assert read_meta(saved, toy(paths, optimizer="adamw"))["step"] == 1
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         read_meta(tmp_path, run)
-    (checkpoint / "meta.json").write_text('{"format": 1')
+    (saved / "meta.json").write_text('{"format": 1')
     with pytest.raises(CheckpointError, match="damaged"):
-        read_meta(checkpoint, run)
+        read_meta(saved, run)
 
 
 def spoil_and_step(yaml: str) -> list[Any]:
@@ -370,3 +374,19 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
 ) -> None:
     directory = open_new(tmp_path / "run", toy(paths, mp=2))
     assert pool.run(2, spoil_and_step, str(directory.config)) == [[True, 1, 1], [True, 1, 1]]
+
+
+def test_discarded_checkpoint_is_none_before_it_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    directory = RunDir(tmp_path)
+    for step in (1, 2):
+        directory.checkpoint(step).mkdir(parents=True)
+        (directory.checkpoint(step) / "meta.json").write_text("{}")
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)
+    # Killed before a file was deleted.
+    checkpoint.discard(directory.checkpoint(2))
+    assert directory.latest_checkpoint() == directory.checkpoint(1)
+    monkeypatch.undo()
+    directory.checkpoint(2).mkdir()
+    checkpoint.discard(directory.checkpoint(2))
+    checkpoint.discard(directory.checkpoint(3))
+    assert [path.name for path in directory.checkpoints.iterdir()] == ["step_00000001"]

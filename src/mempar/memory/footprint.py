@@ -7,7 +7,7 @@ temporaries do. No term grows with S but the shard's own rows (under `adamw` too
     peak = values + state + U D_j g + max(records + 2 E (8 + g) + (B + U) c g, k c' g)
 
 with E entries and B output gradients deposited, U rows touched, g bytes a number of arithmetic, c columns
-joined at a time, c' elements updated at a time and k of their copies (4, or 8 with stochastic rounding).
+joined at a time, c' elements updated at a time and k of their copies (4, or 6 with stochastic rounding).
 Holders of copies gather each other's sums besides: (2 G + 1) U D_j g more in a group of G where all touch
 U rows.
 """
@@ -21,9 +21,9 @@ from mempar.memory.optimizer.table import CHUNK_ELEMENTS
 
 # Bytes of a row or bag index in a record, and of a sorted position.
 _INDEX_BYTES, _ORDER_BYTES = 4, 8
-# Wide copies of a block of rows during an update: two moments, the values, a denominator or squares. Rounding adds
-# a quarter of a hash of 8 bytes three times over, noise, a mask, and the number before and after.
-_UPDATE_COPIES, _ROUNDING_COPIES = 4, 4
+# Wide copies of a block of rows during an update: two moments, the values, a denominator or squares. Rounding has
+# in place of the last its noise, the result wide and narrow, and the narrow one before it.
+_UPDATE_COPIES, _ROUNDING_COPIES = 4, 2
 
 
 @dataclass(frozen=True, kw_only=True)

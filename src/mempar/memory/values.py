@@ -88,7 +88,7 @@ class ValueShard:
             `[E]` partial gradient of the weights, from this shard's columns.
         """
         grad = grad.contiguous()
-        self._deposit(_Record(row_index, weight, bag_of_entries(offsets), grad))
+        self._deposit(_Record(row_index, weight, bag_of_entries(offsets, len(row_index)), grad))
         return gather_scores(self.values, row_index, offsets, grad)
 
     def dot(self, row_index: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class ValueShard:
         Returns:
             `[B, D_j]` partial gradient of `x`, from this shard's rows.
         """
-        self._deposit(_Record(row_index, grad, bag_of_entries(offsets), x))
+        self._deposit(_Record(row_index, grad, bag_of_entries(offsets, len(row_index)), x))
         return weighted_gather(self.values, row_index, grad, offsets)
 
     def take_gradient(self) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ Megatron's own groups are made by its parallel_state; these stand beside them. t
 every rank of the world takes part in making every group, in the same order.
 """
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,11 @@ class MemoryGroups:
 
 
 def make_memory_groups(
-    grid: RankGrid, rank: int, stages_of_memories: Sequence[tuple[int, ...]], tensor_group: dist.ProcessGroup | None
+    grid: RankGrid,
+    rank: int,
+    stages_of_memories: Sequence[tuple[int, ...]],
+    tensor_group: dist.ProcessGroup | None,
+    timeout: datetime.timedelta | None = None,
 ) -> tuple[MemoryGroups, list[dist.ProcessGroup]]:
     """Make the memory-parallel groups of the world; every rank must call it.
 
@@ -46,6 +51,7 @@ def make_memory_groups(
         rank: this world rank.
         stages_of_memories: for each memory of the model, the pipeline stages that hold its tables.
         tensor_group: megatron's tensor-parallel group; None where there is one rank in it.
+        timeout: of their collectives; torch's own by default.
 
     Returns:
         This rank's groups, and the torch groups that were made here (to be destroyed at the end).
@@ -58,7 +64,7 @@ def make_memory_groups(
         for ranks in rank_lists:
             if len(ranks) == 1:
                 continue
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks, timeout=timeout)
             if rank in ranks:
                 assert isinstance(group, dist.ProcessGroup)
                 joined = group

@@ -4,6 +4,7 @@ This is the one place of the runtime that reads environment variables (those tha
 """
 
 import datetime
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,11 @@ def join_world(timeout_seconds: int = 600) -> None:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend = "gloo"
     if torch.cuda.is_available():
+        if local_world > torch.cuda.device_count():
+            raise ConfigError(
+                f"{local_world} ranks on this machine and {torch.cuda.device_count()} CUDA devices; every rank needs a "
+                "device of its own; use a smaller layout, or CUDA_VISIBLE_DEVICES= to run on the CPU."
+            )
         torch.cuda.set_device(local_rank)
         backend = "nccl"
     elif "OMP_NUM_THREADS" not in os.environ or local_world > 1:
@@ -85,6 +91,7 @@ def lay_out(run: RunConfig) -> World:
         context_parallel_size=sizes.cp,
         expert_model_parallel_size=sizes.ep,
         expert_tensor_parallel_size=sizes.tp,
+        distributed_timeout_minutes=math.ceil(run.train.collective_timeout / 60),
     )
     mcore.tensor_parallel.model_parallel_cuda_manual_seed(run.train.seed)
     torch.manual_seed(run.train.seed)
@@ -95,7 +102,11 @@ def lay_out(run: RunConfig) -> World:
     if run.memories:
         tensor_group: Any = mcore.parallel_state.get_tensor_model_parallel_group() if sizes.tp > 1 else None
         groups, made = make_memory_groups(
-            placement.grid, rank, [memory.stages for memory in placement.memories.values()], tensor_group
+            placement.grid,
+            rank,
+            [memory.stages for memory in placement.memories.values()],
+            tensor_group,
+            timeout=datetime.timedelta(seconds=run.train.collective_timeout),
         )
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return World(rank=rank, size=size, device=device, placement=placement, groups=groups, made_groups=made)

@@ -61,7 +61,7 @@ def save(path: Path, run: RunConfig, world: World, model: Model, optimizers: Opt
     if world.is_main:
         versions = {"mempar": mempar.__version__, "torch": torch.__version__}
         describe_checkpoint(run, partial, {**meta, "world": world.size, "versions": versions})
-        shutil.rmtree(path, ignore_errors=True)
+        discard(path)
         os.rename(partial, path)
     dist.barrier()
 
@@ -92,13 +92,24 @@ def load(path: Path, world: World, model: Model, optimizers: Optimizers, meta: d
         history.step = meta["step"]
         if memory in with_history:
             history.last_read.copy_(state["histories"][memory])
+        else:
+            history.last_read.zero_()
 
 
 def prune(checkpoints: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     whole = sorted(path for path in checkpoints.glob("step_????????") if (path / "meta.json").is_file())
     for path in whole[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        discard(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint, if it is there: it has lost its name before it loses its first file."""
+    gone = path.with_name(path.name + ".discarded")
+    shutil.rmtree(gone, ignore_errors=True)
+    if path.exists():
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _make_moments(optimizers: Optimizers) -> None:

@@ -46,6 +46,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check settings of different sections against each other."""
+        if self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name:
+            raise ConfigError(
+                f"name={self.name!r} names the run's directory under runs/; it must be one part of a path; use another "
+                "name, and --out for another place."
+            )
         if self.more_memories and not all(memory.enabled for memory in (self.memory, *self.more_memories)):
             raise ConfigError(
                 "more_memories with a memory that has enabled=false: more memories stand beside `memory`, and each "
@@ -62,6 +67,7 @@ class RunConfig:
             )
         check_experts(self)
         self._check_tensor_parallel()
+        self._check_context_parallel()
         if self.train.dtype == "float64" and self.parallel.distributed_optimizer:
             raise ConfigError(
                 "train.dtype=float64 with parallel.distributed_optimizer=true: megatron's distributed optimizer keeps "
@@ -98,6 +104,20 @@ class RunConfig:
             raise ConfigError(
                 f"{name}.rounding={memory.rounding} with a table in {dtype}: only updates of bf16 values "
                 f"are rounded; set {name}.dtype=bf16, or {name}.rounding=master."
+            )
+        if memory.moments_dtype == "bf16" and dtype == "float64":
+            raise ConfigError(
+                f"{name}.moments_dtype=bf16 with a table in float64: moments are rounded from float32; set "
+                f"{name}.moments_dtype=float32, or another {name}.dtype."
+            )
+
+    def _check_context_parallel(self) -> None:
+        cp, length = self.parallel.cp, self.train.seq_length
+        tp = self.parallel.tp if self.parallel.sequence_parallel else 1
+        if cp > 1 and (length % (2 * cp) or length // cp % tp):
+            raise ConfigError(
+                f"train.seq_length={length} with parallel.cp={cp}: a sequence is cut into 2*cp = {2 * cp} equal "
+                f"chunks, and a rank's two are shared by tp={tp} under sequence parallelism; change one of them."
             )
 
     def _check_tensor_parallel(self) -> None:

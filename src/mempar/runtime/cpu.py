@@ -99,20 +99,26 @@ def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
     return type_name
 
 
-def mend_experts(moe_utils: Any, token_dispatcher: Any, mappings: Any) -> None:
-    """Let mixture-of-experts blocks run without CUDA and TransformerEngine.
-
-    In 0.16.1 the router's product names a function that is defined with TransformerEngine only; numbers
-    of tokens that go to the host as lists do so only from a CUDA tensor; and under tensor parallelism
-    ranks gather and reduce uneven numbers of tokens, which gloo refuses.
+def mend_router(moe_utils: Any) -> None:
+    """Let the router of experts run without TransformerEngine: in 0.16.1 it names a function that only that defines.
 
     Args:
         moe_utils: megatron's module of this name.
-        token_dispatcher: likewise.
-        mappings: megatron's module of the collectives of tensor parallelism.
     """
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def mend_experts(token_dispatcher: Any, mappings: Any) -> None:
+    """Let mixture-of-experts blocks run without CUDA.
+
+    In 0.16.1 numbers of tokens that go to the host as lists do so only from a CUDA tensor; and under tensor
+    parallelism ranks gather and reduce uneven numbers of tokens, which gloo refuses.
+
+    Args:
+        token_dispatcher: megatron's module of this name.
+        mappings: megatron's module of the collectives of tensor parallelism.
+    """
 
     def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
@@ -161,6 +167,9 @@ def mend_distributed_adam(optimizer_class: Any) -> None:
 
     @torch.no_grad()
     def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        if not isinstance(self.optimizer, torch.optim.Adam):
+            set_states(self, model_param, tensors)
+            return
         group, position = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][position]]
         if "step" in state:
@@ -169,7 +178,7 @@ def mend_distributed_adam(optimizer_class: Any) -> None:
         set_states(self, model_param, tensors)
 
     def sharded_state_dict_with_moments(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups if isinstance(self.optimizer, torch.optim.Adam) else []:
             for param in group["params"]:
                 if not self.optimizer.state[param]:
                     self.optimizer.state[param] = {

@@ -5,7 +5,7 @@ Megatron's blending rule, and every pass over a data set has its own shuffle. No
 number of steps or on the data-parallel size, so a resumed or lengthened run sees the same samples.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,14 @@ class Batch:
     position_ids: Tensor
     sample_ids: list[int]
     sample_counts: list[int]
+
+
+def context_share(batch: Batch) -> Batch:
+    """This context-parallel rank's positions of a micro-batch: of 2 cp equal chunks an early and a late one."""
+    if mcore.parallel_state.get_context_parallel_world_size() == 1:
+        return batch
+    names = ("tokens", "labels", "loss_mask", "position_ids")
+    return replace(batch, **mcore.get_batch_on_this_cp_rank({name: getattr(batch, name) for name in names}))
 
 
 def micro_batches(

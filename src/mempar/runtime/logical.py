@@ -113,7 +113,8 @@ def initial_value(name: str, shape: tuple[int, ...], *, seed: int, init_std: flo
         value = memory_layer.initial_value(part, shape, generator)
         if value is not None:
             return value
-    if name.endswith("norm.weight"):
+    # TransformerEngine fuses norms into the linear layer that follows: `layer_norm_weight`.
+    if name.endswith(("norm.weight", "norm_weight")):
         return torch.ones(shape, dtype=torch.float64)
     residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
     std = init_std / (2 * num_layers) ** 0.5 if residual else init_std

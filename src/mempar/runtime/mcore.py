@@ -47,17 +47,19 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+    from megatron.core.utils import get_batch_on_this_cp_rank
 
 logging.getLogger("megatron").setLevel(logging.ERROR)
 writer.write_in_process(filesystem_async)
 RUNS_ON_CPU = cpu.install(tensor_parallel.random)
-if RUNS_ON_CPU:
+HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None and not RUNS_ON_CPU
+if not HAS_TRANSFORMER_ENGINE:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     cpu.mend_distributed_adam(DistributedOptimizer)
-    cpu.mend_experts(moe_utils, token_dispatcher, mappings)
-
-HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None and not RUNS_ON_CPU
+    cpu.mend_router(moe_utils)
+if RUNS_ON_CPU:
+    cpu.mend_experts(token_dispatcher, mappings)
 
 
 def unfused_column_parallel_linear() -> Any:
@@ -94,6 +96,7 @@ __all__ = [
     "VocabParallelCrossEntropy",
     "dist_checkpointing",
     "finalize_model_grads",
+    "get_batch_on_this_cp_rank",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",
     "get_gpt_layer_with_transformer_engine_spec",

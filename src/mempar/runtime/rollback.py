@@ -9,7 +9,6 @@ removed; checkpoints that stay are not changed, so a run resumed from one comes 
 to the same rollback.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +84,15 @@ class Watch:
                 f"back to; keep more than train.keep_checkpoints={train.keep_checkpoints}, or start again from an "
                 "older one with --from."
             )
-        if self.world.is_main:
-            for later in self.directory.checkpoints.glob("step_????????*"):
-                if later.name[:13] > good.name:
-                    shutil.rmtree(later)
-        dist.barrier()
         meta = read_meta(good, self.run)
         checkpoint.load(good, self.world, self.model, self.optimizers, meta)
+        # Later ones go when the good one has been read by all.
+        dist.barrier()
+        if self.world.is_main:
+            for later in self.directory.checkpoints.glob("step_????????"):
+                if later.name > good.name:
+                    checkpoint.discard(later)
+        dist.barrier()
         samples, rollbacks = self.progress.samples, self.progress.rollbacks + 1
         self.progress.restore(meta)
         self.progress.samples, self.progress.rollbacks = samples, rollbacks

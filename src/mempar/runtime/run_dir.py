@@ -189,7 +189,9 @@ def _table_state(run: RunConfig) -> dict[str, str | int]:
 def _write_config(directory: RunDir, run: RunConfig) -> None:
     try:
         directory.checkpoints.mkdir(parents=True, exist_ok=True)
-        directory.config.write_text(to_yaml(run))
+        aside = directory.config.with_suffix(".partial")
+        aside.write_text(to_yaml(run))
+        aside.replace(directory.config)
     except OSError as error:
         raise ConfigError(
             f"{directory.root} cannot be written ({error.strerror}); a run needs a writable directory; choose "

@@ -54,13 +54,12 @@ def find_spike(settings: TrainConfig, progress: Progress, report: StepReport) ->
     Returns:
         The spike, or None.
     """
-    if not settings.spike_factor:
-        return None
     step = progress.step + 1
     skips = 0 if report.applied else progress.skips_in_a_row + 1
     losses = [loss for _, loss in progress.losses]
     median = statistics.median(losses) if len(losses) == settings.spike_window else None
-    high = median is not None and report.applied and report.loss > settings.spike_factor * median
+    judged = bool(settings.spike_factor) and median is not None and report.applied
+    high = judged and report.loss > settings.spike_factor * (median or 0.0)
     if not high and skips != settings.spike_skips:
         return None
     began = step - max(0, skips - 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from mempar.runtime import mcore
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
-from mempar.runtime.data import Batch
+from mempar.runtime.data import Batch, context_share
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Inspector, Optimizers, StepReport
 from mempar.runtime.schedule import LrFactors
@@ -87,7 +87,7 @@ class Stepper:
         return sums[0], sums[1]
 
     def _forward(self, batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
-        batch = self.model.in_flight.current = next(batches)
+        batch = self.model.in_flight.current = context_share(next(batches))
         output = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels)
 
         def loss(token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -45,13 +45,38 @@ def gather_scores(values: Tensor, row_index: Tensor, offsets: Tensor, grad: Tens
     """
     if row_index.numel() == 0:
         return values.new_zeros(0)
+    bags = bag_of_entries(offsets, row_index.numel())
+    if values.is_cuda:
+        # There the operator knows no bf16, and counts threads in 32 bits: 2^26 entries at most.
+        return scores_in_chunks(values, row_index, bags, grad)
     # The operator reads only the starts of the bags; the bag of each entry comes separately.
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad, values, row_index, offsets[:-1], bag_of_entries(offsets), 0
-    )
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, values, row_index, offsets[:-1], bags, 0)
 
 
-def bag_of_entries(offsets: Tensor) -> Tensor:
-    """Return `[E]`, the bag that each entry belongs to, from `offsets [B + 1]`."""
+def scores_in_chunks(
+    values: Tensor, row_index: Tensor, bag_index: Tensor, grad: Tensor, *, chunk_elements: int = 1 << 24
+) -> Tensor:
+    """Compute what `gather_scores` does, from so many elements of rows at a time; sums are in float32 at least.
+
+    Args:
+        values: `[S', D']`.
+        row_index: `[E]`.
+        bag_index: `[E]`, rows of `grad`.
+        grad: `[B, D']`.
+        chunk_elements: elements of rows that are held at once.
+
+    Returns:
+        `[E]`, the dtype of `values`.
+    """
+    wide = torch.promote_types(values.dtype, torch.float32)
+    out = values.new_empty(row_index.numel())
+    at_once = max(1, chunk_elements // values.shape[1])
+    for part, rows, bags in zip(out.split(at_once), row_index.split(at_once), bag_index.split(at_once), strict=True):
+        part.copy_(values.index_select(0, rows).to(wide).mul_(grad.index_select(0, bags)).sum(-1))
+    return out
+
+
+def bag_of_entries(offsets: Tensor, num_entries: int) -> Tensor:
+    """Return `[E]`, the bag that each of E entries belongs to, from `offsets [B + 1]`; the host does not wait."""
     bags = torch.arange(offsets.numel() - 1, dtype=offsets.dtype, device=offsets.device)
-    return torch.repeat_interleave(bags, offsets[1:] - offsets[:-1])
+    return torch.repeat_interleave(bags, offsets[1:] - offsets[:-1], output_size=num_entries)
