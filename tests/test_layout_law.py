@@ -103,17 +103,25 @@ def test_float32_run_equals_single_process_when_slots_replayed(case: Case, runs:
     assert norm <= REPLAYED_NORM
 
 
+@pytest.fixture(scope="module")
+def single_losses(pool: RankPool) -> dict[str, float]:
+    """Loss of the toy after 20 steps in a single process, by dtype."""
+    losses = {}
+    for dtype in ("bf16", "float32"):
+        run = toy.toy_run(dtype=dtype)
+        losses[dtype] = toy.joined(run, pool.run(1, toy.train, run, STEPS)).reports[-1].loss
+    return losses
+
+
 @pytest.mark.parametrize("layout", ["tp2sp-mp4g", "pp2vpp2-mp2c", "do-tp2-dp2"])
-def test_bf16_run_ends_near_single_process(layout: str, pool: RankPool, note_figure) -> None:
+def test_bf16_run_ends_near_single_process(
+    layout: str, pool: RankPool, single_losses: dict[str, float], note_figure
+) -> None:
     world_size, sizes = layout_cases.LAYOUTS[layout]
     run = toy.toy_run(dtype="bf16", **sizes)
     found = toy.joined(run, pool.run(world_size, toy.train, run, STEPS))
-    losses = {}
-    for dtype in ("bf16", "float32"):
-        single = toy.toy_run(dtype=dtype)
-        losses[dtype] = toy.joined(single, pool.run(1, toy.train, single, STEPS)).reports[-1].loss
     assert found.reports[-1].loss < found.reports[0].loss
-    for dtype, loss in losses.items():
+    for dtype, loss in single_losses.items():
         deviation = relative(found.reports[-1].loss, loss)
         note_figure(f"layout law, bf16: loss after {STEPS} steps, against {dtype} in a single process", deviation)
         assert deviation <= BF16_LOSS
