@@ -17,7 +17,8 @@ from mempar.runtime.placement import Placement, colocating_vpp, place, resolve, 
 )
 def test_smallest_world_is_the_first_that_can_be_placed(sizes: dict[str, int], world: int) -> None:
     assert ParallelConfig(**sizes).smallest_world == world
-    run = BASE.with_parallel(**sizes)
+    # A length that cp=3 divides.
+    run = replace(BASE, train=replace(BASE.train, seq_length=36)).with_parallel(**sizes)
     assert place(run, world).grid.world == world
     for smaller in range(1, world):
         with pytest.raises(ConfigError):
