@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mempar.memory import digest as digest_module
-from mempar.memory.digest import digest, digest_bands
+from mempar.memory.digest import digest, digest_bands, digest_box
 from mempar.memory.hashing import GOLDEN_GAMMA, mix, name_key, shift_right
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int16, torch.uint8)
@@ -22,20 +22,20 @@ def table(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def by_hand(name: str, whole: Tensor) -> int:
-    """The sum of the hashes, element by element, in Python's integers."""
+    """The sum of the elements' bits times their keys, element by element, in Python's integers."""
 
-    def mixed(number: int) -> int:
+    def odd_key(number: int) -> int:
+        number &= WIDE
         number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 & WIDE
         number = (number ^ (number >> 27)) * 0x94D049BB133111EB & WIDE
-        return number ^ (number >> 31)
+        return (number ^ (number >> 31)) | 1
 
-    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
     bits = whole.view(sizes[whole.element_size()]).tolist()
     key = int(name_key(name))
     total = 0
-    for row, column in itertools.product(range(whole.shape[0]), range(whole.shape[1])):
-        position = mixed(row * GOLDEN_GAMMA + key & WIDE) + column * GOLDEN_GAMMA
-        total += mixed(position + bits[row][column] * 0xD1342543DE82EF95 & WIDE)
+    for row, column in itertools.product(range(len(bits)), range(len(bits[0]))):
+        total += bits[row][column] * odd_key(row * GOLDEN_GAMMA + key) * odd_key(column * GOLDEN_GAMMA)
     return total & WIDE
 
 
@@ -98,6 +98,34 @@ def test_digest_depends_on_name_place_and_every_bit() -> None:
     assert len(found) == 6 + changes
     # A sign is a bit.
     assert digest("x", torch.zeros(1, 1)) != digest("x", -torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def test_digest_sees_changes_that_go_in_pairs(dtype: torch.dtype) -> None:
+    # Distinct numbers, so that an exchange is a change.
+    numbers = torch.arange(16000, 16000 + 40 * 24, dtype=torch.int16).view(torch.bfloat16)
+    whole = numbers.view(40, 24).to(dtype)
+    found = {int(digest("x", whole))}
+    for _ in range(200):
+        changed = whole.clone().view(-1)
+        one, other = torch.randperm(whole.numel())[:2].tolist()
+        changed[one], changed[other] = -changed[one], -changed[other]
+        found.add(int(digest("x", changed.view_as(whole))))
+        changed[one], changed[other] = -changed[other], -changed[one]
+        found.add(int(digest("x", changed.view_as(whole))))
+    assert len(found) == 401
+
+
+def test_digest_of_boxes_of_more_dimensions_is_that_of_their_rows() -> None:
+    whole = torch.randn(3, 5, 4, 6)
+    flat = digest("x", whole.view(-1, 6))
+    assert torch.equal(digest_box("x", whole, (0, 0, 0, 0), (3, 5, 4, 6)), flat)
+    boxes = [((1, 2, 0, 0), whole[1:, 2:]), ((0, 0, 0, 0), whole[:1]), ((1, 0, 0, 0), whole[1:, :2, :, :5])]
+    boxes += [((1, 0, 0, 5), whole[1:, :2, :, 5:])]
+    total = sum((digest_box("x", box, at, (3, 5, 4, 6)) for at, box in boxes), torch.zeros((), dtype=torch.int64))
+    assert torch.equal(total, flat)
+    assert torch.equal(digest_box("x", whole[0, 0, 0, 2:], (2,), (6,)), digest("x", whole[0, 0, 0, 2:], 2))
+    assert digest_box("x", torch.tensor(3.0), (), ()) == digest("x", torch.tensor([3.0]))
 
 
 def test_digest_of_numbers_a_row_is_that_of_one_column() -> None:
