@@ -117,7 +117,7 @@ def oracle_step(run: Any, model: Any) -> Callable[[], None]:
         for logical in logical_parameters(model.chunks[0], tp=1, tp_rank=0, ep_rank=0)
     }
     batches = [(batch.tokens, batch.labels, batch.loss_mask) for batch in random_batches(run, 0, 1)]
-    state = oracle.AdamState()
+    state = oracle.OptimState()
     return lambda: oracle.step(params, state, batches, oracle_config(run), oracle_optim(run))
 
 

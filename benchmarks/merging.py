@@ -43,8 +43,9 @@ def measure(reads: int, width: int) -> tuple[float, float]:
 
     def owner() -> None:
         weighted_gather(table, rows, flat, offsets)
-        gather_scores(table, rows, offsets, grad)
-        reduce_rows(rows, flat, bag_of_entries(offsets, len(rows)), grad)
+        bags = bag_of_entries(offsets, len(rows))
+        gather_scores(table, rows, bags, grad)
+        reduce_rows(rows, flat, bags, grad)
 
     works = [lambda: routing(False), lambda: routing(True), owner]
     least = [min(times) for times in zip(*([seconds(work) for work in works] for _ in range(RUNS)), strict=True)]

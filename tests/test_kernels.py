@@ -86,12 +86,12 @@ def test_weighted_gather_returns_nothing_when_there_are_no_bags(dtype: torch.dty
 def test_gather_scores_match_reference(case: str, dtype: torch.dtype, index_dtype: torch.dtype) -> None:
     for width in WIDTHS:
         values, row_index, _, offsets, grad = make_bags(case, width, dtype, index_dtype)
-        expected = gather_reference.gather_scores(values.double(), row_index, offsets, grad.double())
-        magnitude = gather_reference.gather_scores(values.double().abs(), row_index, offsets, grad.double().abs())
-        # The second is what CUDA runs.
         bags = bag_of_entries(offsets, len(row_index))
+        expected = gather_reference.gather_scores(values.double(), row_index, bags, grad.double())
+        magnitude = gather_reference.gather_scores(values.double().abs(), row_index, bags, grad.double().abs())
+        # The second is what CUDA runs.
         for out in (
-            gather_scores(values, row_index, offsets, grad),
+            gather_scores(values, row_index, bags, grad),
             scores_in_chunks(values, row_index, bags, grad, chunk_elements=5 * width + 1),
         ):
             assert_near(out, expected, magnitude, dtype, width)
@@ -121,7 +121,7 @@ def test_references_match_dense_matrices(case: str) -> None:
     matrix.index_put_((bags, row_index), weight, accumulate=True)
     gathered = gather_reference.weighted_gather(values, row_index, weight, offsets)
     torch.testing.assert_close(gathered, matrix @ values, rtol=0, atol=1e-12)
-    scores = gather_reference.gather_scores(values, row_index, offsets, grad)
+    scores = gather_reference.gather_scores(values, row_index, bags, grad)
     torch.testing.assert_close(scores, (grad @ values.T)[bags, row_index], rtol=0, atol=1e-12)
     rows, sums = reduce_reference.reduce_rows(row_index, weight, bags, grad)
     torch.testing.assert_close(sums, (matrix.T @ grad)[rows], rtol=0, atol=1e-12)
@@ -133,9 +133,10 @@ def test_gather_scores_and_reduced_rows_are_the_gradients_of_weighted_gather() -
     weight.requires_grad_()
     out = gather_reference.weighted_gather(values, row_index, weight, offsets)
     values_grad, weight_grad = torch.autograd.grad(out, (values, weight), grad)
-    scores = gather_scores(values.detach(), row_index, offsets, grad)
+    bags = bag_of_entries(offsets, len(row_index))
+    scores = gather_scores(values.detach(), row_index, bags, grad)
     torch.testing.assert_close(scores, weight_grad, rtol=0, atol=1e-12)
-    rows, sums = reduce_rows(row_index, weight.detach(), bag_of_entries(offsets, len(row_index)), grad)
+    rows, sums = reduce_rows(row_index, weight.detach(), bags, grad)
     dense = torch.zeros_like(values).index_copy(0, rows.long(), sums)
     torch.testing.assert_close(dense, values_grad, rtol=0, atol=1e-12)
 

@@ -144,6 +144,24 @@ def test_run_of_skipped_steps_goes_back_before_it_and_ends_after_too_many(
     assert [row.get("event") for row in last] == ["rollback", "rollback", None, None, "spike"]
 
 
+def test_rollback_keeps_later_checkpoints_when_the_good_one_cannot_be_read(
+    pool: RankPool, paths: tuple[str, ...], tmp_path: Path
+) -> None:
+    # The first two steps are not finite: step 1 is saved, and step 2 goes back to before it.
+    run = spiking(toy(paths, mp=2), steps=3, spike_skips=2, save_interval=1, keep_checkpoints=3)
+    fault = (range(24), float("nan"))
+    train(pool, replace(run, train=replace(run.train, steps=1)), tmp_path / "run", ranks=2, fault=fault)
+    directory = RunDir(tmp_path / "run")
+    # Only rank 1 reads what is damaged; what rank 0 has read must not let it delete the others.
+    (damaged,) = directory.checkpoint(0).glob("__1_*")
+    damaged.write_bytes(b"")
+    later = {path: path.read_bytes() for path in directory.checkpoint(1).rglob("*") if path.is_file()}
+    with pytest.raises(RankFailure, match="in roll_back\n"):
+        train(pool, run, tmp_path / "run", ranks=2, fault=fault, resume=True)
+    assert {path: path.read_bytes() for path in directory.checkpoint(1).rglob("*") if path.is_file()} == later
+    assert directory.latest_checkpoint() == directory.checkpoint(1)
+
+
 def test_report_goes_on_and_skipped_steps_are_counted_and_named(
     pool: RankPool, paths: tuple[str, ...], tmp_path: Path
 ) -> None:

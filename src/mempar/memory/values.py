@@ -87,9 +87,9 @@ class ValueShard:
         Returns:
             `[E]` partial gradient of the weights, from this shard's columns.
         """
-        grad = grad.contiguous()
-        self._deposit(_Record(row_index, weight, bag_of_entries(offsets, len(row_index)), grad))
-        return gather_scores(self.values, row_index, offsets, grad)
+        grad, bag_index = grad.contiguous(), bag_of_entries(offsets, len(row_index))
+        self._deposit(_Record(row_index, weight, bag_index, grad))
+        return gather_scores(self.values, row_index, bag_index, grad)
 
     def dot(self, row_index: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
         """Multiply rows with the vector of their bag.
@@ -102,7 +102,7 @@ class ValueShard:
         Returns:
             `[E]` partial products, from this shard's columns.
         """
-        return gather_scores(self.values, row_index, offsets, x)
+        return gather_scores(self.values, row_index, bag_of_entries(offsets, len(row_index)), x)
 
     def dot_backward(self, row_index: Tensor, grad: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
         """Deposit the rows' gradient of `dot` and return the vectors'.

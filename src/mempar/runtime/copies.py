@@ -19,7 +19,7 @@ from mempar.errors import MemparError
 from mempar.memory.digest import digest, digest_bands
 from mempar.runtime import mcore
 from mempar.runtime.config import RunConfig
-from mempar.runtime.logical import logical_parameters
+from mempar.runtime.logical import own_parameters
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
 from mempar.runtime.tables import Table
@@ -44,7 +44,7 @@ def check_copies(run: RunConfig, model: Model, optimizers: Optimizers, step: int
     dense_due = is_due(run.memory.check_interval, step)
     if not due and not dense_due:
         return
-    differences = _dense_differences(run, model) if dense_due else []
+    differences = _dense_differences(model) if dense_due else []
     for table in model.tables:
         if table.memory in due:
             differences += _table_differences(table, optimizers)
@@ -66,12 +66,9 @@ def is_due(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _dense_differences(run: RunConfig, model: Model) -> list[str]:
-    state, tp = mcore.parallel_state, run.parallel.tp
-    ranks = {"tp_rank": state.get_tensor_model_parallel_rank(), "ep_rank": state.get_expert_model_parallel_rank()}
-    parameters = [
-        (logical.name, logical.param) for chunk in model.chunks for logical in logical_parameters(chunk, tp=tp, **ranks)
-    ]
+def _dense_differences(model: Model) -> list[str]:
+    state = mcore.parallel_state
+    parameters = [(logical.name, logical.param) for logical in own_parameters(model.chunks)]
     # Megatron marks experts, which have a group of their own.
     everywhere = {name: param for name, param in parameters if getattr(param, "allreduce", True)}
     experts = {name: param for name, param in parameters if name not in everywhere}

@@ -17,7 +17,7 @@ from mempar.dims import TableSlice
 from mempar.parallel.collectives import MemberGroup
 from mempar.runtime import mcore
 from mempar.runtime.bringup import World
-from mempar.runtime.logical import logical_parameters
+from mempar.runtime.logical import own_parameters
 from mempar.runtime.optim import Optimizers, RowGradient
 from mempar.runtime.tables import Table
 
@@ -148,12 +148,9 @@ def _main_parameters(member: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _named_parameters(optimizers: Optimizers) -> Iterator[tuple[str, Any]]:
-    for chunk in optimizers.model.chunks:
-        state, tp = mcore.parallel_state, optimizers.run.parallel.tp
-        ranks = {"tp_rank": state.get_tensor_model_parallel_rank(), "ep_rank": state.get_expert_model_parallel_rank()}
-        for logical in logical_parameters(chunk, tp=tp, **ranks):
-            if logical.param.requires_grad:
-                yield logical.name, logical.param
+    for logical in own_parameters(optimizers.model.chunks):
+        if logical.param.requires_grad:
+            yield logical.name, logical.param
 
 
 def _split_parameters(optimizers: Optimizers) -> Iterator[Any]:

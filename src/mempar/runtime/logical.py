@@ -7,7 +7,7 @@ values and comparisons between layouts go through this.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mempar.memory import layer as memory_layer
+from mempar.runtime import mcore
 
 # Megatron's name of the experts of one rank, which are numbered from 0 on each.
 _EXPERTS = "mlp.experts.local_experts."
@@ -93,6 +94,18 @@ def logical_parameters(model: Any, *, tp: int, tp_rank: int, ep_rank: int) -> It
             halves=2 if name.endswith("linear_fc1.weight") else 1,
             tp=tp,
             tp_rank=tp_rank,
+        )
+
+
+def own_parameters(chunks: Iterable[Any]) -> Iterator[LogicalParameter]:
+    """Walk over the parameters of chunks in the layout that megatron was told; see `logical_parameters`."""
+    state = mcore.parallel_state
+    for chunk in chunks:
+        yield from logical_parameters(
+            chunk,
+            tp=state.get_tensor_model_parallel_world_size(),
+            tp_rank=state.get_tensor_model_parallel_rank(),
+            ep_rank=state.get_expert_model_parallel_rank(),
         )
 
 

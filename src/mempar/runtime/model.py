@@ -16,7 +16,7 @@ from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
 from mempar.runtime.experts import expert_module, expert_settings, keep_apart
 from mempar.runtime.in_flight import InFlight
-from mempar.runtime.logical import initial_value, logical_parameters
+from mempar.runtime.logical import initial_value, own_parameters
 from mempar.runtime.memory_mlp import MemoryMLP, MLPWithMemory
 from mempar.runtime.tables import TORCH_DTYPES, HookFactory, Table, TableAccess, make_tables
 
@@ -184,12 +184,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     with torch.no_grad():
-        for logical in logical_parameters(
-            chunk,
-            tp=run.parallel.tp,
-            tp_rank=state.get_tensor_model_parallel_rank(),
-            ep_rank=state.get_expert_model_parallel_rank(),
-        ):
+        for logical in own_parameters([chunk]):
             whole = initial_value(
                 logical.name,
                 logical.shape,

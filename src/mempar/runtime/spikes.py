@@ -58,13 +58,13 @@ def find_spike(settings: TrainConfig, progress: Progress, report: StepReport) ->
     skips = 0 if report.applied else progress.skips_in_a_row + 1
     losses = [loss for _, loss in progress.losses]
     median = statistics.median(losses) if len(losses) == settings.spike_window else None
-    judged = bool(settings.spike_factor) and median is not None and report.applied
-    high = judged and report.loss > settings.spike_factor * (median or 0.0)
+    factor = settings.spike_factor
+    high = factor and median is not None and report.applied and report.loss > factor * median
     if not high and skips != settings.spike_skips:
         return None
     began = step - max(0, skips - 1)
     if median is not None:
-        elevated = median * (1.0 + settings.spike_factor) / 2.0
+        elevated = median * (1.0 + factor) / 2.0
         for earlier, loss in reversed(progress.losses):
             if loss <= elevated:
                 began = earlier + 1

@@ -31,13 +31,13 @@ def weighted_gather(values: Tensor, row_index: Tensor, weight: Tensor, offsets: 
         )
 
 
-def gather_scores(values: Tensor, row_index: Tensor, offsets: Tensor, grad: Tensor) -> Tensor:
+def gather_scores(values: Tensor, row_index: Tensor, bag_index: Tensor, grad: Tensor) -> Tensor:
     """Gradient of the weights: `out[e] = values[row_index[e]] . grad[bag of e]`.
 
     Args:
         values: `[S', D']` rows of one shard.
         row_index: `[E] int32 or int64`.
-        offsets: `[B + 1]`, the dtype of `row_index`.
+        bag_index: `[E]`, rows of `grad`, the dtype of `row_index`; see `bag_of_entries`.
         grad: `[B, D']`, gradient of the bags' sums, the dtype of `values`.
 
     Returns:
@@ -45,12 +45,12 @@ def gather_scores(values: Tensor, row_index: Tensor, offsets: Tensor, grad: Tens
     """
     if row_index.numel() == 0:
         return values.new_zeros(0)
-    bags = bag_of_entries(offsets, row_index.numel())
     if values.is_cuda:
         # There the operator knows no bf16, and counts threads in 32 bits: 2^26 entries at most.
-        return scores_in_chunks(values, row_index, bags, grad)
-    # The operator reads only the starts of the bags; the bag of each entry comes separately.
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, values, row_index, offsets[:-1], bags, 0)
+        return scores_in_chunks(values, row_index, bag_index, grad)
+    # The operator does not look at the starts of the bags where it is given the bag of each entry.
+    starts = row_index[:0]
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, values, row_index, starts, bag_index, 0)
 
 
 def scores_in_chunks(

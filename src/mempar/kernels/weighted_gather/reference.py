@@ -13,7 +13,6 @@ def weighted_gather(values: Tensor, row_index: Tensor, weight: Tensor, offsets: 
     return torch.stack([rows[start:end].sum(0) for start, end in itertools.pairwise(bounds)])
 
 
-def gather_scores(values: Tensor, row_index: Tensor, offsets: Tensor, grad: Tensor) -> Tensor:
+def gather_scores(values: Tensor, row_index: Tensor, bag_index: Tensor, grad: Tensor) -> Tensor:
     """`[E]` products of each entry's row with the gradient of its bag."""
-    bags = torch.repeat_interleave(torch.arange(len(grad)), (offsets[1:] - offsets[:-1]).long())
-    return (values[row_index.long()] * grad[bags]).sum(-1)
+    return (values[row_index.long()] * grad[bag_index.long()]).sum(-1)
