@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mempar.errors import ConfigError
-from mempar.runtime import checkpoint, mcore
+from mempar.runtime import mcore
 from mempar.runtime import model as runtime_model
 from mempar.runtime.blocks import RMSNorm
 from mempar.runtime.bringup import check_engine, tear_down
@@ -24,7 +24,7 @@ from mempar.runtime.logical import logical_parameters
 from mempar.runtime.memory_mlp import MemoryMLP
 from mempar.runtime.model import transformer_config
 from rank_pool import RankPool
-from toy import TABLE, Session, batches_of, joined, toy_run, train
+from toy import TABLE, Session, batches_of, joined, load_into, save_checkpoint, toy_run, train
 
 # What megatron holds split over tensor-parallel ranks, and along which dimension.
 SPLIT_PARAMETERS = {
@@ -131,12 +131,12 @@ def save_and_load(run: RunConfig, path: Path) -> tuple[int, int, set[float], lis
     for step in range(2):
         session.step(step)
     meta = {"step": 2, "applied_steps": 2}
-    checkpoint.save(path, run, session.world, session.model, session.optimizers, meta)
+    save_checkpoint(path, run, session, meta)
     expected = session.step(2)
     tear_down(session.world)
 
     resumed = Session(run)
-    checkpoint.load(path, resumed.world, resumed.model, resumed.optimizers, meta)
+    load_into(resumed, path)
     found = resumed.step(2)
     steps = [
         state["step"]

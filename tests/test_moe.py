@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from mempar.errors import CheckpointError, ConfigError
 from mempar.parallel.ranks import RankGrid
-from mempar.runtime import bringup, checkpoint, mcore
+from mempar.runtime import bringup, mcore
 from mempar.runtime.bringup import tear_down
+from mempar.runtime.checkpoint.accept import check_config
 from mempar.runtime.config import ModelConfig, RunConfig, TrainConfig
 from mempar.runtime.float64 import keep_wide_routing
 from mempar.runtime.logical import logical_parameters
@@ -24,10 +25,9 @@ from mempar.runtime.model import build_model, transformer_config
 from mempar.runtime.moe_config import MoeConfig
 from mempar.runtime.optim import StepReport
 from mempar.runtime.placement import place
-from mempar.runtime.run_dir import describe_checkpoint, read_meta
 from mempar.runtime.size import model_size
 from rank_pool import RankPool
-from toy import TABLE, VOCAB, Session, joined, toy_run, train
+from toy import TABLE, VOCAB, Session, joined, load_into, save_checkpoint, toy_run, train
 
 TP2SP = {"tp": 2, "sequence_parallel": True}
 
@@ -237,7 +237,7 @@ def train_and_save(run: RunConfig, path: Path) -> tuple[StepReport, dict[str, np
     session.optimizers.watching = False
     for step in range(2):
         session.step(step)
-    checkpoint.save(path, run, session.world, session.model, session.optimizers, META)
+    save_checkpoint(path, run, session, META)
     return third_step(session)
 
 
@@ -245,7 +245,7 @@ def load_and_train(run: RunConfig, path: Path) -> tuple[StepReport, dict[str, np
     """Load, and train the third step."""
     session = Session(run)
     session.optimizers.watching = False
-    checkpoint.load(path, session.world, session.model, session.optimizers, META)
+    load_into(session, path)
     return third_step(session)
 
 
@@ -309,12 +309,12 @@ def test_experts_are_continued_at_another_expert_parallel_size(
 
 
 def test_checkpoint_of_other_experts_is_refused(tmp_path: Path) -> None:
-    describe_checkpoint(toy_run(kind="moe", ep=2), tmp_path, META)
-    assert read_meta(tmp_path, toy_run(kind="moe"))["step"] == 2
+    saved = toy_run(kind="moe", ep=2)
+    check_config(tmp_path, saved, toy_run(kind="moe"))
     with pytest.raises(CheckpointError, match=r"moe\.num_experts is 4 there and 8 here"):
-        read_meta(tmp_path, toy_run(kind="moe", experts={"num_experts": 8}))
+        check_config(tmp_path, saved, toy_run(kind="moe", experts={"num_experts": 8}))
     with pytest.raises(CheckpointError, match=r"moe\.num_experts is 4 there and 0 here"):
-        read_meta(tmp_path, toy_run(kind="dense"))
+        check_config(tmp_path, saved, toy_run(kind="dense"))
 
 
 def count_built(run: RunConfig) -> int:

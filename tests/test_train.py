@@ -13,13 +13,16 @@ import torch
 
 from mempar.errors import CheckpointError, ConfigError
 from mempar.memory.config import MemoryConfig
-from mempar.runtime import bringup, checkpoint
+from mempar.runtime import bringup
+from mempar.runtime.checkpoint import retention
+from mempar.runtime.checkpoint.accept import open_checkpoint
+from mempar.runtime.checkpoint.retention import discard
 from mempar.runtime.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from mempar.runtime.heldout import Heldout
 from mempar.runtime.mcore import IndexedDatasetBuilder
 from mempar.runtime.metrics import read_rows
 from mempar.runtime.overrides import load_yaml
-from mempar.runtime.run_dir import RunDir, open_existing, open_new, read_meta
+from mempar.runtime.run_dir import RunDir, open_existing, open_new
 from mempar.runtime.train import Trainer
 from mempar.runtime.trigram import trigram_loss
 from rank_pool import RankPool
@@ -302,10 +305,7 @@ def test_other_runs_and_other_models_are_refused(pool: RankPool, paths: tuple[st
     assert open_existing(tmp_path / "run", merging).root == tmp_path / "run"
     wider = dataclasses.replace(run, model=dataclasses.replace(run.model, ffn_hidden_size=64))
     with pytest.raises(CheckpointError, match=r"model.ffn_hidden_size is 32 there and 64 here"):
-        read_meta(saved, wider)
-    distributed = toy(paths, dtype="float32", distributed_optimizer=True)
-    with pytest.raises(CheckpointError, match="distributed_optimizer=False"):
-        read_meta(saved, distributed)
+        open_checkpoint(saved, wider)
     for optimizer, memory, said in (
         ("row_adagrad", {}, "memory.optimizer is adamw or row_adam there and row_adagrad here"),
         (
@@ -316,14 +316,11 @@ def test_other_runs_and_other_models_are_refused(pool: RankPool, paths: tuple[st
         ("row_adam", {"dtype": "bf16"}, "memory.dtype is float64 there and bf16 here"),
     ):
         with pytest.raises(CheckpointError, match=said):
-            read_meta(saved, toy(paths, optimizer=optimizer, memory=memory))
+            open_checkpoint(saved, toy(paths, optimizer=optimizer, memory=memory))
     # They keep the same moments.
-    assert read_meta(saved, toy(paths, optimizer="adamw"))["step"] == 1
+    assert open_checkpoint(saved, toy(paths, optimizer="adamw")).step == 1
     with pytest.raises(CheckpointError, match="is no checkpoint"):
-        read_meta(tmp_path, run)
-    (saved / "meta.json").write_text('{"format": 1')
-    with pytest.raises(CheckpointError, match="damaged"):
-        read_meta(saved, run)
+        open_checkpoint(tmp_path, run)
 
 
 def spoil_and_step(yaml: str) -> list[Any]:
@@ -353,13 +350,13 @@ def test_discarded_checkpoint_is_none_before_it_is_gone(monkeypatch: pytest.Monk
     directory = RunDir(tmp_path)
     for step in (1, 2):
         directory.checkpoint(step).mkdir(parents=True)
-        (directory.checkpoint(step) / "meta.json").write_text("{}")
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)
+        (directory.checkpoint(step) / "manifest.json").write_text("{}")
+    monkeypatch.setattr(retention.shutil, "rmtree", lambda *args, **kwargs: None)
     # Killed before a file was deleted.
-    checkpoint.discard(directory.checkpoint(2))
+    discard(directory.checkpoint(2))
     assert directory.latest_checkpoint() == directory.checkpoint(1)
     monkeypatch.undo()
     directory.checkpoint(2).mkdir()
-    checkpoint.discard(directory.checkpoint(2))
-    checkpoint.discard(directory.checkpoint(3))
+    discard(directory.checkpoint(2))
+    discard(directory.checkpoint(3))
     assert [path.name for path in directory.checkpoints.iterdir()] == ["step_00000001"]

@@ -69,6 +69,20 @@ def train(
 
 
 @app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoints/step_XXXXXXXX directory.")],
+    other: Annotated[Path | None, typer.Argument(help="Another one, of any layout, to compare it with.")] = None,
+) -> None:
+    """Check that a checkpoint is whole, or that two hold the same weights and optimizer state.
+
+    Ends with status 1 when something is damaged or the two differ.
+    """
+    from mempar.tools.verify import verify as verify_checkpoint
+
+    verify_checkpoint(checkpoint, other, typer.echo)
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe's resolved config.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,

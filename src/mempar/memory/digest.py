@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mempar.memory.hashing import GOLDEN_GAMMA, mix, name_key
 
-# Elements multiplied at a time: bounds the temporaries to a few MB.
-_CHUNK_ELEMENTS = 1 << 18
+# Elements multiplied at a time: bounds the temporaries to a MB, which stays in a cache.
+_CHUNK_ELEMENTS = 1 << 17
 # Elements of 8 bytes count as two of 4: a factor of 2^63 would leave of two changed signs nothing.
 _BITS_DTYPE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 

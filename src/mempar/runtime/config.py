@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
+from mempar.runtime.checkpoint.config import CheckpointConfig
 from mempar.runtime.moe_config import MoeConfig, check_experts
 from mempar.runtime.sections import SCHEDULES, DataConfig, ModelConfig, OptimConfig, ParallelConfig, one_of
 from mempar.runtime.train_config import DTYPES, TrainConfig
@@ -15,6 +16,7 @@ from mempar.runtime.train_config import DTYPES, TrainConfig
 __all__ = [
     "DTYPES",
     "SCHEDULES",
+    "CheckpointConfig",
     "DataConfig",
     "MemoryConfig",
     "ModelConfig",
@@ -43,6 +45,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         """Check settings of different sections against each other."""

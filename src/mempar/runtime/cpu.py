@@ -151,6 +151,25 @@ def mend_experts(token_dispatcher: Any, mappings: Any) -> None:
     mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
 
 
+def make_moments(optimizer: Any) -> None:
+    """Give parameters that were never stepped the state of step 0, which torch's Adam makes in its first step.
+
+    Without it a checkpoint written before any step was applied would lack tensors that loading asks for.
+
+    Args:
+        optimizer: of torch; any but Adam is left alone.
+    """
+    if not isinstance(optimizer, torch.optim.Adam):
+        return
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        if not optimizer.state[param]:
+            optimizer.state[param] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(param),
+                "exp_avg_sq": torch.zeros_like(param),
+            }
+
+
 def mend_distributed_adam(optimizer_class: Any) -> None:
     """Let the distributed optimizer save and load torch's AdamW, which megatron uses without TE or apex.
 
@@ -178,14 +197,7 @@ def mend_distributed_adam(optimizer_class: Any) -> None:
         set_states(self, model_param, tensors)
 
     def sharded_state_dict_with_moments(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for group in self.optimizer.param_groups if isinstance(self.optimizer, torch.optim.Adam) else []:
-            for param in group["params"]:
-                if not self.optimizer.state[param]:
-                    self.optimizer.state[param] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(param),
-                        "exp_avg_sq": torch.zeros_like(param),
-                    }
+        make_moments(self.optimizer)
         return sharded_state_dict(self, *args, **kwargs)
 
     def state_dict_without_params(self: Any) -> dict[str, Any]:

@@ -20,18 +20,23 @@ def write_layout(path: Path, world: World, model: Model, optimizers: Optimizers)
     dist.all_gather_object(rows, _holdings(world, model, optimizers))
     if not world.is_main:
         return
-    placement = world.placement
-    grid = placement.grid
-    sizes = {
-        name: getattr(grid, name)
-        for name in ("world", "tp", "cp", "pp", "dp", "ep", "mp", "mp_rows", "mp_columns", "mp_hops")
-    }
     memories = {
         name: {"stages": memory.stages, "shape": [memory.plan.num_slots, memory.plan.value_dim]}
-        for name, memory in placement.memories.items()
+        for name, memory in world.placement.memories.items()
     }
-    report = {"sizes": sizes, "memories": memories, "reason": placement.reason, "ranks": rows}
+    report = {
+        "sizes": layout_sizes(world),
+        "memories": memories,
+        "reason": world.placement.reason,
+        "ranks": rows,
+    }
     path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def layout_sizes(world: World) -> dict[str, int]:
+    """Sizes of the parallel dimensions, by name."""
+    names = ("world", "tp", "cp", "pp", "dp", "ep", "mp", "mp_rows", "mp_columns", "mp_hops")
+    return {name: getattr(world.placement.grid, name) for name in names}
 
 
 def _holdings(world: World, model: Model, optimizers: Optimizers) -> dict[str, Any]:

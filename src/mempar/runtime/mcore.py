@@ -9,7 +9,8 @@ import logging
 import warnings
 from typing import Any
 
-from mempar.runtime import cpu, writer
+from mempar.runtime import cpu
+from mempar.runtime.cpu import make_moments
 
 with warnings.catch_warnings():
     # Import-time notices about optional packages; what matters of them, doctor says.
@@ -19,9 +20,10 @@ with warnings.catch_warnings():
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
     from megatron.core.datasets.utils import Split
     from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedTensor
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
+    from megatron.core.dist_checkpointing.mapping import apply_factory_merges, is_main_replica
+    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+    from megatron.core.dist_checkpointing.utils import extract_sharded_base
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -50,7 +52,6 @@ with warnings.catch_warnings():
     from megatron.core.utils import get_batch_on_this_cp_rank
 
 logging.getLogger("megatron").setLevel(logging.ERROR)
-writer.write_in_process(filesystem_async)
 RUNS_ON_CPU = cpu.install(tensor_parallel.random)
 HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None and not RUNS_ON_CPU
 if not HAS_TRANSFORMER_ENGINE:
@@ -87,14 +88,15 @@ __all__ = [
     "ModuleSpec",
     "OptimizerConfig",
     "RotaryEmbedding",
-    "ShardedObject",
     "ShardedTensor",
     "Split",
-    "TorchDistSaveShardedStrategy",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "VocabParallelCrossEntropy",
+    "apply_factory_merges",
+    "dict_list_map_inplace",
     "dist_checkpointing",
+    "extract_sharded_base",
     "finalize_model_grads",
     "get_batch_on_this_cp_rank",
     "get_forward_backward_func",
@@ -104,9 +106,15 @@ __all__ = [
     "get_moe_module_spec",
     "get_num_layers_to_build",
     "get_transformer_layer_offset",
+    "is_main_replica",
+    "load_preprocess",
+    "make_moments",
+    "merge",
     "moe_router",
     "moe_utils",
+    "nested_values",
     "parallel_state",
+    "save_preprocess",
     "tensor_parallel",
     "unfused_column_parallel_linear",
 ]

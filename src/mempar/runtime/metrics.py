@@ -98,7 +98,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, emoji=False)
 
     def step(self, row: dict[str, Any], *, mfu: float | None, skipped: int) -> None:
         """Show one step."""

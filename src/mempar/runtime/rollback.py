@@ -15,14 +15,16 @@ from typing import Any
 import torch.distributed as dist
 
 from mempar.errors import MemparError
-from mempar.runtime import checkpoint
 from mempar.runtime.bringup import World
+from mempar.runtime.checkpoint.accept import open_checkpoint
+from mempar.runtime.checkpoint.loading import load_checkpoint
+from mempar.runtime.checkpoint.retention import checkpoints_in, discard, step_of
 from mempar.runtime.config import RunConfig
 from mempar.runtime.divergence import name_diverged, name_not_finite
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers, RowGradient, StepReport
 from mempar.runtime.progress import Progress
-from mempar.runtime.run_dir import RunDir, read_meta
+from mempar.runtime.run_dir import RunDir
 from mempar.runtime.spikes import Spike, find_spike
 
 
@@ -49,6 +51,13 @@ class Watch:
         if self.run.train.spike_action != "rollback":
             return False
         return self._agree(self.directory.latest_checkpoint()) is None
+
+    @property
+    def good_before(self) -> int:
+        """The step before which a checkpoint must be kept, should the steps skipped last turn out to be a spike."""
+        if self.run.train.spike_action != "rollback":
+            return 0
+        return self.progress.step + 1 - self.progress.skips_in_a_row
 
     def inspect(self, report: StepReport, gradients: dict[str, RowGradient]) -> None:
         """Judge a step before it is applied; an `Inspector`, called on every rank."""
@@ -84,17 +93,17 @@ class Watch:
                 f"back to; keep more than train.keep_checkpoints={train.keep_checkpoints}, or start again from an "
                 "older one with --from."
             )
-        meta = read_meta(good, self.run)
-        checkpoint.load(good, self.world, self.model, self.optimizers, meta)
+        manifest = open_checkpoint(good, self.run)
+        load_checkpoint(manifest, self.world, self.model, self.optimizers)
         # Later ones go when the good one has been read by all.
         dist.barrier()
         if self.world.is_main:
-            for later in self.directory.checkpoints.glob("step_????????"):
-                if later.name > good.name:
-                    checkpoint.discard(later)
+            for later in checkpoints_in(self.directory.checkpoints):
+                if step_of(later) > step_of(good):
+                    discard(later)
         dist.barrier()
         samples, rollbacks = self.progress.samples, self.progress.rollbacks + 1
-        self.progress.restore(meta)
+        self.progress.restore(manifest.progress)
         self.progress.samples, self.progress.rollbacks = samples, rollbacks
         self.spike = None
         return good

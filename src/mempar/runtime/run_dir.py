@@ -10,16 +10,18 @@ Nothing here imports torch.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
-from mempar.errors import CheckpointError, ConfigError
+from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
+from mempar.runtime.checkpoint.retention import checkpoints_in, step_of
 from mempar.runtime.config import RunConfig
 from mempar.runtime.overrides import load_yaml, to_yaml
 
+# Settings that are compared, by section; None for all of a section.
+Compared = dict[str, tuple[str, ...] | None]
 # What must be equal for a run to be the same run: the model, the numbers it is trained with, its data.
-_IDENTITY: dict[str, tuple[str, ...] | None] = {
+_IDENTITY: Compared = {
     "model": None,
     # What is watched or compared does not change what is trained.
     "memory": tuple(
@@ -34,23 +36,6 @@ _IDENTITY: dict[str, tuple[str, ...] | None] = {
 }
 # How a run is computed, not what: may change when it is continued, as the parallel layout may.
 _FREE = ("merge_duplicates",)
-# What a checkpoint's tensors depend on.
-_SHAPES: dict[str, tuple[str, ...] | None] = {
-    "model": None,
-    "memory": (
-        "enabled",
-        "variant",
-        "layers",
-        "beside",
-        "num_subkeys",
-        "heads",
-        "key_dim",
-        "value_dim",
-        "qk_norm",
-        "scalar_gate",
-    ),
-    "moe": ("num_experts", "ffn_hidden_size", "layers"),
-}
 
 
 class RunDir:
@@ -69,8 +54,8 @@ class RunDir:
 
     def latest_checkpoint(self, before: int | None = None) -> Path | None:
         """The checkpoint of the highest step, below `before` where that is given; None when there is none."""
-        whole = [path for path in self.checkpoints.glob("step_????????") if (path / "meta.json").is_file()]
-        return max((path for path in whole if before is None or path < self.checkpoint(before)), default=None)
+        whole = checkpoints_in(self.checkpoints)
+        return next((path for path in reversed(whole) if before is None or step_of(path) < before), None)
 
 
 def open_new(root: Path, run: RunConfig) -> RunDir:
@@ -104,7 +89,7 @@ def open_existing(root: Path, run: RunConfig) -> RunDir:
     directory = RunDir(root)
     if not directory.config.exists():
         return open_new(root, run)
-    differing = _differences(load_yaml(directory.config), run, _IDENTITY)
+    differing = differences(load_yaml(directory.config), run, _IDENTITY)
     if differing:
         raise ConfigError(
             f"{root} holds another run: {'; '.join(differing)}; --resume continues the same model, data and batch; "
@@ -112,78 +97,6 @@ def open_existing(root: Path, run: RunConfig) -> RunDir:
         )
     _write_config(directory, run)
     return directory
-
-
-def read_meta(checkpoint: Path, run: RunConfig) -> dict:
-    """Read a checkpoint's description and check that it is of this run's model.
-
-    Raises:
-        CheckpointError: when it is missing, unreadable, of another format or of another model.
-    """
-    try:
-        meta = json.loads((checkpoint / "meta.json").read_text())
-        saved = load_yaml(checkpoint / "config.yaml")
-        version = meta["format"]
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{checkpoint} is no checkpoint: it has no meta.json or config.yaml; name a checkpoints/step_XXXXXXXX "
-            "directory of a run."
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint}/meta.json cannot be read ({error}); it is damaged; use another checkpoint."
-        ) from None
-    if version != 1:
-        raise CheckpointError(f"{checkpoint} has format {version}; this version reads format 1; use a newer mempar.")
-    differing = _differences(saved, run, _SHAPES)
-    if differing:
-        raise CheckpointError(
-            f"{checkpoint} is of another model: {'; '.join(differing)}; its tensors have other shapes or meanings; "
-            "use a recipe with the checkpoint's settings."
-        )
-    if saved.parallel.distributed_optimizer != run.parallel.distributed_optimizer:
-        raise CheckpointError(
-            f"{checkpoint} was saved with parallel.distributed_optimizer={saved.parallel.distributed_optimizer}, this "
-            f"run sets {run.parallel.distributed_optimizer}; their optimizer states are laid out differently; set it "
-            "as it was."
-        )
-    if saved.train.dtype != run.train.dtype:
-        raise CheckpointError(
-            f"{checkpoint} was saved with train.dtype={saved.train.dtype}, this run sets {run.train.dtype}; "
-            "states are kept in other precisions; set it as it was."
-        )
-    before, now = _table_state(saved), _table_state(run)
-    # A setting that only one of them has hangs on another one that differs.
-    shared = [key for key in now if key in before]
-    differing = [f"{key} is {before[key]} there and {now[key]} here" for key in shared if before[key] != now[key]]
-    if differing:
-        raise CheckpointError(
-            f"{checkpoint} keeps another state of the table: {'; '.join(differing)}; it cannot be turned into this "
-            "one; set them as they were."
-        )
-    return meta
-
-
-def describe_checkpoint(run: RunConfig, checkpoint: Path, meta: dict) -> None:
-    """Write what `read_meta` reads, last of all files."""
-    (checkpoint / "config.yaml").write_text(to_yaml(run))
-    (checkpoint / "meta.json").write_text(json.dumps({"format": 1, **meta}, indent=1) + "\n")
-
-
-def _table_state(run: RunConfig) -> dict[str, str | int]:
-    """The settings that decide which tensors hold tables and their optimizers' state."""
-    settings: dict[str, str | int] = {}
-    for name, memory in run.memories.items():
-        dtype = run.table_dtype_of(memory)
-        settings |= {f"{name}.dtype": dtype, f"{name}.moments_dtype": memory.moments_dtype}
-        if dtype == "bf16":
-            # Without a master, either rounding goes on from the same values.
-            settings[f"{name}.rounding"] = "master" if memory.rounding == "master" else "stochastic or nearest"
-        # adamw and row_adam keep the same moments.
-        settings[f"{name}.optimizer"] = "row_adagrad" if memory.optimizer == "row_adagrad" else "adamw or row_adam"
-        if memory.optimizer == "row_adagrad":
-            settings[f"{name}.column_tile"] = memory.column_tile
-    return settings
 
 
 def _write_config(directory: RunDir, run: RunConfig) -> None:
@@ -199,7 +112,8 @@ def _write_config(directory: RunDir, run: RunConfig) -> None:
         ) from None
 
 
-def _differences(saved: RunConfig, run: RunConfig, compared: dict[str, tuple[str, ...] | None]) -> list[str]:
+def differences(saved: RunConfig, run: RunConfig, compared: Compared) -> list[str]:
+    """Describe the settings in which two runs differ, of those that are compared."""
     differing = []
     if len(saved.more_memories) != len(run.more_memories):
         return [f"more_memories are {len(saved.more_memories)} there and {len(run.more_memories)} here"]

@@ -4,8 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mempar.runtime import checkpoint
 from mempar.runtime.bringup import World
+from mempar.runtime.checkpoint.accept import open_checkpoint
+from mempar.runtime.checkpoint.keeper import Keeper
+from mempar.runtime.checkpoint.loading import HISTORY_SINCE, load_checkpoint
 from mempar.runtime.config import RunConfig
 from mempar.runtime.copies import check_copies
 from mempar.runtime.data import Samples, micro_batches
@@ -16,7 +18,7 @@ from mempar.runtime.model import build_model
 from mempar.runtime.optim import Optimizers, StepReport
 from mempar.runtime.progress import Progress
 from mempar.runtime.rollback import Watch
-from mempar.runtime.run_dir import RunDir, read_meta
+from mempar.runtime.run_dir import RunDir
 from mempar.runtime.schedule import LrFactors, lr_factors
 from mempar.runtime.size import model_size
 from mempar.runtime.step import Stepper
@@ -45,12 +47,16 @@ class Trainer:
         self.heldout = Heldout(run, world, self.stepper, self.model) if run.train.heldout_samples else None
         since: dict[str, int] = dict.fromkeys(run.memories, 0)
         if load is not None:
-            meta = read_meta(load, run)
-            checkpoint.load(load, world, self.model, self.optimizers, meta)
-            self.progress.restore(meta)
+            manifest = open_checkpoint(load, run)
+            load_checkpoint(manifest, world, self.model, self.optimizers)
+            self.progress.restore(manifest.progress)
+            if load.parent != directory.checkpoints:
+                # A new run has not gone back yet.
+                self.progress.rollbacks = 0
             # A history that was not saved begins here.
-            since = dict.fromkeys(run.memories, self.progress.step) | meta.get(checkpoint.HISTORY_SINCE, {})
+            since = dict.fromkeys(run.memories, self.progress.step) | manifest.about.get(HISTORY_SINCE, {})
         self.usage = UsageMonitor(run, world, self.model, self.optimizers, since)
+        self.keeper = Keeper(run, world, directory, self.model, self.optimizers, self._say)
         self.watch = Watch(run, world, directory, self.model, self.optimizers, self.progress)
         write_layout(directory.layout, world, self.model, self.optimizers)
         self.terminal: Terminal | None = None
@@ -80,20 +86,14 @@ class Trainer:
                 self._heldout()
             if (train.save_interval and step % train.save_interval == 0) or last:
                 self.save()
+        self.keeper.finish()
         self._heldout(yardsticks=True)
         self._close()
 
     def save(self) -> None:
         """Write a checkpoint of the present step and drop the oldest; every rank must call it."""
-        path = self.directory.checkpoint(self.progress.step)
-        started = time.monotonic()
-        meta = {**self.progress.meta(), checkpoint.HISTORY_SINCE: self.usage.since}
-        checkpoint.save(path, self.run, self.world, self.model, self.optimizers, meta)
-        if self.world.is_main:
-            checkpoint.prune(self.directory.checkpoints, self.run.train.keep_checkpoints)
-            seconds = time.monotonic() - started
-            num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            self._say(f"saved {path} ({num_bytes / 2**20:.1f} MiB in {seconds:.1f} s)")
+        meta = {"progress": self.progress.meta(), HISTORY_SINCE: self.usage.since}
+        self.keeper.save(meta, self.watch.good_before)
 
     def _step(self) -> None:
         train, grid, progress = self.run.train, self.world.placement.grid, self.progress
@@ -129,6 +129,7 @@ class Trainer:
         self._say(f"spike: {spike}{self.watch.suspects}")
         if self.log is not None:
             self.log.write(self.watch.event("spike", spike))
+        self.keeper.finish()
         good = self.watch.roll_back()
         if good is None:
             return False

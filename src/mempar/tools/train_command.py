@@ -7,11 +7,12 @@ from pathlib import Path
 
 from mempar.errors import ConfigError
 from mempar.recipes import find_recipe
+from mempar.runtime.checkpoint.accept import open_checkpoint
 from mempar.runtime.config import RunConfig
 from mempar.runtime.launch import launch_local
 from mempar.runtime.overrides import override
 from mempar.runtime.preflight import check_data, check_layout
-from mempar.runtime.run_dir import RunDir, check_free, open_existing, open_new, read_meta
+from mempar.runtime.run_dir import RunDir, check_free, open_existing, open_new
 
 CORPORA = ("stdlib",)
 
@@ -55,7 +56,7 @@ def train(
     if not resume:
         check_free(root)
     if load is not None:
-        read_meta(load, run)
+        open_checkpoint(load, run)
     run = with_data(run, say)
     directory = open_existing(root, run) if resume else open_new(root, run)
     say(f"run directory: {root}")

@@ -1,0 +1,98 @@
+"""Whether a run can go on from a checkpoint; nothing here imports torch."""
+
+from pathlib import Path
+
+from mempar.errors import CheckpointError, ConfigError
+from mempar.runtime.checkpoint.manifest import CONFIG, Manifest, checksum, damaged, read_manifest
+from mempar.runtime.config import RunConfig
+from mempar.runtime.overrides import load_yaml
+from mempar.runtime.run_dir import Compared, differences
+
+# What a checkpoint's tensors depend on.
+_SHAPES: Compared = {
+    "model": None,
+    "memory": (
+        "enabled",
+        "variant",
+        "layers",
+        "beside",
+        "num_subkeys",
+        "heads",
+        "key_dim",
+        "value_dim",
+        "qk_norm",
+        "scalar_gate",
+    ),
+    "moe": ("num_experts", "ffn_hidden_size", "layers"),
+}
+
+
+def open_checkpoint(checkpoint: Path, run: RunConfig) -> Manifest:
+    """Read a checkpoint's manifest and check that the run can go on from it.
+
+    Raises:
+        CheckpointError: when it is missing, damaged, of another format or of another model.
+    """
+    manifest = read_manifest(checkpoint)
+    check_config(checkpoint, read_config(manifest), run)
+    return manifest
+
+
+def read_config(manifest: Manifest) -> RunConfig:
+    """The run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: when that cannot be read.
+    """
+    path = manifest.root / CONFIG
+    record = manifest.files.get(CONFIG)
+    if record is None or checksum(path.read_bytes()) != record.pieces[0].checksum:
+        raise damaged(path, "its checksum is not that of what was written")
+    try:
+        return load_yaml(path)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} is of another version of mempar: {error}") from None
+
+
+def check_config(checkpoint: Path, saved: RunConfig, run: RunConfig) -> None:
+    """Check that a run has the tensors that a checkpoint holds.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    differing = differences(saved, run, _SHAPES)
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint} is of another model: {'; '.join(differing)}; its tensors have other shapes or meanings; "
+            "use a recipe with the checkpoint's settings."
+        )
+    if saved.train.dtype != run.train.dtype:
+        raise CheckpointError(
+            f"{checkpoint} was saved with train.dtype={saved.train.dtype}, this run sets {run.train.dtype}; "
+            "states are kept in other precisions; set it as it was."
+        )
+    before, now = _table_state(saved), _table_state(run)
+    # A setting that only one of them has hangs on another one that differs.
+    shared = [key for key in now if key in before]
+    differing = [f"{key} is {before[key]} there and {now[key]} here" for key in shared if before[key] != now[key]]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint} keeps another state of the table: {'; '.join(differing)}; it cannot be turned into this "
+            "one; set them as they were."
+        )
+
+
+def _table_state(run: RunConfig) -> dict[str, str | int]:
+    """The settings that decide which tensors hold tables and their optimizers' state."""
+    settings: dict[str, str | int] = {}
+    for name, memory in run.memories.items():
+        dtype = run.table_dtype_of(memory)
+        settings |= {f"{name}.dtype": dtype, f"{name}.moments_dtype": memory.moments_dtype}
+        if dtype == "bf16":
+            # Without a master, either rounding goes on from the same values.
+            settings[f"{name}.rounding"] = "master" if memory.rounding == "master" else "stochastic or nearest"
+        # adamw and row_adam keep the same moments.
+        settings[f"{name}.optimizer"] = "row_adagrad" if memory.optimizer == "row_adagrad" else "adamw or row_adam"
+        if memory.optimizer == "row_adagrad":
+            settings[f"{name}.column_tile"] = memory.column_tile
+    return settings

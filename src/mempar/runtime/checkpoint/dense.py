@@ -1,0 +1,152 @@
+"""Dense parameters and their optimizers' state as parts of logical tensors, from megatron's sharded state dicts."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mempar.runtime import mcore
+from mempar.runtime.checkpoint.boxes import Box
+from mempar.runtime.model import Model
+from mempar.runtime.optim import Optimizers
+
+
+def dense_parts(model: Model, optimizers: Optimizers) -> tuple[list[tuple[Box, Tensor]], dict[str, bytes], Any]:
+    """What this rank has to save; every rank must call it.
+
+    Returns:
+        Parts of tensors, none that another rank saves; other things, serialised, by megatron's keys; and what all
+        ranks have in common, megatron's state dict without what is sharded.
+    """
+    for member in optimizers.members:
+        mcore.make_moments(member.optimizer)
+    state = _sharded_state(model, optimizers, loading=False)
+    _name_step_zero(state["optimizer"])
+    # Coverage is checked by us, for the tables as well (see boxes.py).
+    sharded, common = mcore.save_preprocess(state, validate_access_integrity=False)
+    parts, objects = [], {}
+    item: Any
+    for item in mcore.nested_values(sharded):
+        if not mcore.is_main_replica(item.replica_id):
+            continue
+        if isinstance(item, mcore.ShardedTensor):
+            box, data = _box_of(item), item.data
+            assert data is not None
+            parts.append((box, data.detach().contiguous().view(box.sizes)))
+        else:
+            buffer = io.BytesIO()
+            torch.save([item.data], buffer)
+            objects[item.unique_key] = buffer.getvalue()
+    return parts, objects, common
+
+
+class DenseTarget:
+    """This rank's parameters and their optimizers' state, to be filled from a checkpoint.
+
+    What ranks have in common (learning rates, betas) is the run's own, not the checkpoint's; of megatron's other
+    objects (`_extra_state`, which would be unpickled) none is needed.
+    """
+
+    def __init__(self, model: Model, optimizers: Optimizers) -> None:
+        """Lay out what is wanted; every rank must call it."""
+        self.model, self.optimizers = model, optimizers
+        sharded, own, self._factories = mcore.load_preprocess(_sharded_state(model, optimizers, loading=True))
+        self._sharded, state = mcore.extract_sharded_base(sharded)
+        self._state: Any = state
+        mcore.merge(self._state, own)
+
+    @property
+    def names(self) -> set[str]:
+        """The tensors that `read` asks for."""
+        return {item.key for item in mcore.nested_values(self._sharded) if isinstance(item, mcore.ShardedTensor)}
+
+    def read(self, read: Callable[[Box, Tensor], None]) -> None:
+        """Read all tensors; `read` fills one with a part of a logical tensor."""
+
+        def fill(item: Any) -> Any:
+            if isinstance(item, mcore.ShardedTensor):
+                item.init_data("cpu")
+                box, data = _box_of(item), item.data
+                assert data is not None
+                read(box, data.detach().view(box.sizes))
+            return item.data
+
+        self._sharded: Any = mcore.dict_list_map_inplace(fill, self._sharded)
+
+    def apply(self, applied_steps: int) -> None:
+        """Take over what was read; every rank must call it.
+
+        Args:
+            applied_steps: updates that the state has seen.
+        """
+        mcore.merge(self._state, self._sharded)
+        factories: Any = self._factories
+        state = mcore.apply_factory_merges(self._state, factories)
+        for place, chunk in enumerate(self.model.chunks):
+            chunk.load_state_dict(state[_chunk_name(self.model, place)], strict=False)
+        _set_steps(state["optimizer"], self.optimizers, applied_steps)
+        self.optimizers.dense.load_state_dict(state["optimizer"])
+
+
+def _box_of(item: Any) -> Box:
+    return Box(
+        name=item.key,
+        dtype=str(item.dtype).removeprefix("torch."),
+        shape=tuple(item.global_shape),
+        offset=tuple(item.global_offset),
+        # Experts lie along a dimension that a rank's tensor lacks.
+        sizes=(1,) * item.prepend_axis_num + tuple(item.local_shape),
+    )
+
+
+def _sharded_state(model: Model, optimizers: Optimizers, *, loading: bool) -> dict[str, Any]:
+    metadata = {
+        "dp_cp_group": mcore.parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "non_homogeneous_layers": True,
+        "chained_optim_avoid_prefix": True,
+    }
+    state: dict[str, Any] = {
+        _chunk_name(model, place): chunk.sharded_state_dict(metadata=metadata)
+        for place, chunk in enumerate(model.chunks)
+    }
+    state["optimizer"] = optimizers.dense.sharded_state_dict(state, is_loading=loading, metadata=metadata)
+    for member in _member_states(state["optimizer"], optimizers):
+        if "fp32_from_fp16_params" in member:
+            # Rank 0's empty list would be saved as what all ranks have in common, and fit no other rank's.
+            member["fp32_from_fp16_params"] = [
+                group or mcore.LocalNonpersistentObject([]) for group in member["fp32_from_fp16_params"]
+            ]
+    return state
+
+
+def _chunk_name(model: Model, place: int) -> str:
+    return "model" if len(model.chunks) == 1 else f"model{place}"
+
+
+def _name_step_zero(state: Any) -> None:
+    """Note the step that megatron leaves out of its optimizers' state while it is 0, and misses when it loads."""
+    if isinstance(state, dict):
+        if "param_groups" in state and state.get("state"):
+            state["state"].setdefault("common_step", torch.tensor(0.0))
+        for part in state.values():
+            _name_step_zero(part)
+
+
+def _member_states(state: dict[Any, Any], optimizers: Optimizers) -> list[dict[str, Any]]:
+    """The states of megatron's optimizers (the experts have one of their own), one by one."""
+    count = len(optimizers.members)
+    return [state] if count == 1 else [state[place] for place in range(count)]
+
+
+def _set_steps(state: dict[Any, Any], optimizers: Optimizers, steps: int) -> None:
+    """Write the number of updates into each optimizer's state, which megatron keeps with what ranks have in common."""
+    for member in _member_states(state, optimizers):
+        if optimizers.run.parallel.distributed_optimizer:
+            for group in member["optimizer"]["param_groups"]:
+                group["step"] = float(steps)
+        else:
+            # Where there are no parameters (the experts' on a stage without experts) there is no state either.
+            member.get("optimizer", member).setdefault("state", {})["common_step"] = torch.tensor(float(steps))

@@ -1,0 +1,76 @@
+"""Loading a checkpoint into any layout, with every byte of it checked by some rank."""
+
+from typing import Any
+
+import torch.distributed as dist
+
+from mempar.errors import CheckpointError
+from mempar.runtime.bringup import World
+from mempar.runtime.checkpoint.dense import DenseTarget
+from mempar.runtime.checkpoint.manifest import Manifest, Piece
+from mempar.runtime.checkpoint.names import stored_name
+from mempar.runtime.checkpoint.reading import Reader
+from mempar.runtime.checkpoint.tables import table_parts
+from mempar.runtime.model import Model
+from mempar.runtime.optim import Optimizers
+
+# In a checkpoint's description: for each memory with a history of its rows the step after which it begins.
+HISTORY_SINCE = "history_since"
+
+
+def load_checkpoint(manifest: Manifest, world: World, model: Model, optimizers: Optimizers) -> None:
+    """Read a checkpoint into this layout; every rank must call it.
+
+    A rank reads the pieces that overlap what it holds; pieces that nobody asks for are checked all the same,
+    shared out over the ranks.
+
+    Args:
+        manifest: of the checkpoint, of any layout.
+        world: the ranks.
+        model: parameters and tables, overwritten.
+        optimizers: moments and step counts, overwritten.
+
+    Raises:
+        CheckpointError: on every rank, when a file is damaged, or the checkpoint lacks what the run needs.
+    """
+    reader = Reader(manifest)
+    with_history = [memory for memory in optimizers.histories if memory in manifest.about.get(HISTORY_SINCE, {})]
+    dense = DenseTarget(model, optimizers)
+    shards = [(box, tensor) for _, _, box, tensor in table_parts(model.tables, optimizers, with_history)]
+    unread = _unread_pieces(manifest, world, dense.names | {box.name for box, _ in shards})
+    error = None
+    try:
+        for path, piece in unread[world.rank :: world.size]:
+            reader.check_piece(path, piece)
+        dense.read(reader.read)
+        for box, tensor in shards:
+            reader.read(box, tensor)
+    except CheckpointError as found:
+        error = found
+    # What follows needs all ranks.
+    _raise_together(world, error)
+    applied_steps = manifest.progress["applied_steps"]
+    dense.apply(applied_steps)
+    for table in model.tables:
+        optimizers.tables[table.name].step = applied_steps
+    for memory, history in optimizers.histories.items():
+        history.step = manifest.step
+        if memory not in with_history:
+            history.last_read.zero_()
+
+
+def _unread_pieces(manifest: Manifest, world: World, wanted: set[str]) -> list[tuple[str, Piece]]:
+    """The pieces of tensors that no rank asks for, and those that are no tensors."""
+    of_ranks: list[Any] = [None] * world.size
+    dist.all_gather_object(of_ranks, {stored_name(name, manifest.tensors) for name in wanted})
+    read = set().union(*of_ranks)
+    return [(path, piece) for path, piece in manifest.pieces() if piece.box is None or piece.box.name not in read]
+
+
+def _raise_together(world: World, error: CheckpointError | None) -> None:
+    """Raise the first rank's error on all of them, if any has one."""
+    errors: list[Any] = [None] * world.size
+    dist.all_gather_object(errors, error)
+    first = next((found for found in errors if found is not None), None)
+    if first is not None:
+        raise first

@@ -1,0 +1,255 @@
+"""manifest.json: what a checkpoint is made of, piece by piece, and the proof that it is all there.
+
+    step_00000100/
+      manifest.json               this file; a directory of this name without it is no checkpoint
+      config.yaml                 the resolved run
+      dense/                      megatron's distributed checkpoint (torch_dist)
+      tables/NAME/*.safetensors   shards of tables, their optimizers' state and histories
+
+Every byte of every file belongs to one piece: a box of a tensor, or something else (a header, a description).
+A piece has a checksum, computed while it was written; the manifest ends with its own. A tensor has a digest
+that does not depend on its cut into pieces. A checkpoint is untrusted input: paths that leave the directory,
+pieces that do not fit their files and numbers of the wrong kind are refused here, for all readers. Nothing
+here imports torch.
+"""
+
+import json
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from mempar.errors import CheckpointError
+from mempar.runtime.checkpoint.boxes import Box
+
+MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
+FORMAT = 2
+WEIGHTS, OPTIMIZER, HISTORY = "weights", "optimizer", "history"
+
+_SEAL = ',\n"checksum": "'
+
+
+def checksum(data: Any) -> str:
+    """128 bits of XXH3 of a buffer, in hexadecimal: against damage, not against forgery."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A stretch of a file.
+
+    Attributes:
+        start: its first byte in the file.
+        num_bytes: its length.
+        checksum: of its bytes.
+        box: what part of which tensor it holds; None for anything else.
+    """
+
+    start: int
+    num_bytes: int
+    checksum: str
+    box: Box | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """A file of a checkpoint: its path in the directory, and its pieces in order, without gaps."""
+
+    path: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """The file's size."""
+        return sum(piece.num_bytes for piece in self.pieces)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRecord:
+    """A logical tensor: `digest` is the sum over its pieces, modulo 2^64; `kind` one of weights, optimizer, history."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    kind: str
+    digest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        root: its directory.
+        progress: how far the run was: `step`, `samples` (the position in the data) and other counters.
+        about: what else describes it: `layout`, `data`, `random`, `versions`; plain JSON.
+        tensors: by name.
+        files: by path.
+    """
+
+    root: Path
+    progress: dict[str, Any]
+    about: dict[str, Any]
+    tensors: dict[str, TensorRecord]
+    files: dict[str, FileRecord]
+    _places: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def step(self) -> int:
+        """Steps of the run that are in it."""
+        return self.progress["step"]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(record.num_bytes for record in self.files.values())
+
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
+        """All pieces with their files' paths."""
+        for path, record in self.files.items():
+            for piece in record.pieces:
+                yield path, piece
+
+    def pieces_of(self, name: str) -> list[tuple[str, Piece]]:
+        """The pieces of one tensor with their files' paths."""
+        if not self._places:
+            for path, piece in self.pieces():
+                if piece.box is not None:
+                    self._places.setdefault(piece.box.name, []).append((path, piece))
+        return self._places.get(name, [])
+
+
+def write_manifest(manifest: Manifest) -> bytes:
+    """Encode a manifest, sealed with its checksum."""
+    body = {
+        "format": FORMAT,
+        "progress": manifest.progress,
+        **manifest.about,
+        "tensors": {
+            name: {"dtype": t.dtype, "shape": t.shape, "kind": t.kind, "digest": f"{t.digest:016x}"}
+            for name, t in sorted(manifest.tensors.items())
+        },
+        "files": {path: [_encode(piece) for piece in record.pieces] for path, record in sorted(manifest.files.items())},
+    }
+    return _seal(json.dumps(body, indent=None, separators=(",", ":")).replace('],"', '],\n"').replace('},"', '},\n"'))
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read a checkpoint's manifest and look whether its files are there with their sizes.
+
+    Raises:
+        CheckpointError: naming the file that is missing, damaged or not what it should be.
+    """
+    path = root / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        why = "it has no manifest.json" if not path.exists() else f"its manifest.json cannot be read ({error.strerror})"
+        raise CheckpointError(
+            f"{root} is no checkpoint: {why}; name a checkpoints/step_XXXXXXXX directory of a run."
+        ) from None
+    body, mark, _ = raw.decode(errors="replace").rpartition(_SEAL)
+    if not mark or _seal(body + "}") != raw:
+        raise damaged(path, "its checksum is not that of its text")
+    try:
+        manifest = _decode(root, json.loads(body + "}"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(path, f"it does not describe a checkpoint ({type(error).__name__}: {error})") from None
+    for record in manifest.files.values():
+        check_file(root, record)
+    return manifest
+
+
+def check_file(root: Path, record: FileRecord) -> None:
+    """Check that a file of a checkpoint is a plain file inside it, with its size.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    path = root / record.path
+    try:
+        # A link on the way could lead anywhere.
+        for part in (path, *path.parents[: len(PurePosixPath(record.path).parts) - 1]):
+            if part.is_symlink():
+                raise damaged(path, "it, or a directory on its way, is a symbolic link")
+        status = path.stat()
+    except FileNotFoundError:
+        raise damaged(path, "it is missing") from None
+    except OSError as error:
+        raise damaged(path, f"it cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise damaged(path, "it is not a plain file")
+    if status.st_size != record.num_bytes:
+        raise damaged(path, f"it has {status.st_size} bytes where {record.num_bytes} were written")
+
+
+def damaged(path: Path, why: str) -> CheckpointError:
+    """What is said of a damaged file."""
+    return CheckpointError(
+        f"{path} is damaged: {why}; a checkpoint is used whole or not at all; use another one, with --from, or restore "
+        "the file."
+    )
+
+
+def _seal(text: str) -> bytes:
+    """Put the checksum of a JSON object's text behind its last member."""
+    return f'{text[:-1]}{_SEAL}{checksum(text.encode())}"}}\n'.encode()
+
+
+def _encode(piece: Piece) -> list[Any]:
+    place = [] if piece.box is None else [piece.box.name, piece.box.offset, piece.box.sizes]
+    return [piece.num_bytes, piece.checksum, *place]
+
+
+def _decode(root: Path, body: dict[str, Any]) -> Manifest:
+    if body.pop("format") != FORMAT:
+        raise CheckpointError(
+            f"{root} has another format than {FORMAT}, which this version reads; use the mempar that wrote it."
+        )
+    tensors = {
+        name: TensorRecord(
+            dtype=str(entry["dtype"]),
+            shape=_sizes(entry["shape"]),
+            kind=str(entry["kind"]),
+            digest=int(entry["digest"], 16),
+        )
+        for name, entry in body.pop("tensors").items()
+    }
+    files = {path: _decode_file(root, path, pieces, tensors) for path, pieces in body.pop("files").items()}
+    progress = body.pop("progress")
+    if not isinstance(progress["step"], int):
+        raise TypeError("step is not a whole number")
+    return Manifest(root=root, progress=progress, about=body, tensors=tensors, files=files)
+
+
+def _decode_file(root: Path, path: str, pieces: list[Any], tensors: dict[str, TensorRecord]) -> FileRecord:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\0" in path or str(PurePosixPath(path)) != path:
+        raise damaged(root / MANIFEST, f"it names the file {path!r}, which is no path inside the checkpoint")
+    decoded, start = [], 0
+    for num_bytes, digits, *place in pieces:
+        box = None
+        if place:
+            name, offset, sizes = place
+            box = Box(
+                name=name,
+                dtype=tensors[name].dtype,
+                shape=tensors[name].shape,
+                offset=_sizes(offset),
+                sizes=_sizes(sizes),
+            )
+            inside = all(at + size <= of for at, size, of in zip(box.offset, box.sizes, box.shape, strict=True))
+            if not inside or box.num_elements > num_bytes:
+                raise ValueError(f"a piece of {name} in {path} does not fit")
+        decoded.append(Piece(start=start, num_bytes=_sizes([num_bytes])[0], checksum=str(digits), box=box))
+        start += num_bytes
+    return FileRecord(path=path, pieces=tuple(decoded))
+
+
+def _sizes(numbers: Any) -> tuple[int, ...]:
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{numbers} are not sizes")
+    return tuple(numbers)

@@ -1,0 +1,304 @@
+"""Writing a checkpoint: every rank its own parts, at once or beside training, and then all of it or nothing.
+
+1. Every rank says which parts of which tensors it would write; the main rank checks that they make up whole
+   tensors and that there is room. Nothing has been written so far.
+2. Ranks write their files into `step_XXXXXXXX.partial`, computing checksums and digests on the way. No rank
+   waits for another one, and no number of a table moves between ranks. An asynchronous save copies what it
+   writes to host memory first, and writes in a thread.
+3. When all ranks have written, the main rank adds what describes the checkpoint, the manifest last, and gives
+   the directory its name.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+import mempar
+from mempar.errors import MemparError
+from mempar.runtime.bringup import World
+from mempar.runtime.checkpoint import shard_file, torch_dist
+from mempar.runtime.checkpoint.boxes import Box, check_coverage
+from mempar.runtime.checkpoint.dense import dense_parts
+from mempar.runtime.checkpoint.manifest import (
+    CONFIG,
+    MANIFEST,
+    OPTIMIZER,
+    WEIGHTS,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    write_manifest,
+)
+from mempar.runtime.checkpoint.names import is_optimizer_state
+from mempar.runtime.checkpoint.retention import discard
+from mempar.runtime.checkpoint.tables import block_rows_of, saved_share, table_parts
+from mempar.runtime.config import RunConfig
+from mempar.runtime.layout_report import layout_sizes
+from mempar.runtime.model import Model
+from mempar.runtime.optim import Optimizers
+from mempar.runtime.overrides import to_yaml
+
+# Small files, headers and what a file system keeps for itself, in bytes a part.
+_SPARE_BYTES = 4096
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that is whole.
+
+    Attributes:
+        path: its directory.
+        num_bytes: its size.
+        seconds: from the beginning of the save to its end.
+        waited_seconds: of these, how long training waited.
+    """
+
+    path: Path
+    num_bytes: int
+    seconds: float
+    waited_seconds: float
+
+
+@dataclass(kw_only=True)
+class _Parts:
+    """What one rank writes."""
+
+    dense: list[tuple[Box, Tensor]]
+    objects: dict[str, bytes]
+    common: Any
+    shards: list[tuple[str, Box, Tensor, int]]
+
+    @property
+    def boxes(self) -> list[Box]:
+        return [box for box, _ in self.dense] + [box for _, box, _, _ in self.shards]
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [tensor for _, tensor in self.dense] + [tensor for _, _, tensor, _ in self.shards]
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors] + [*map(len, self.objects.values())]
+        return sum(sizes) + _SPARE_BYTES * len(sizes)
+
+    def copied(self) -> "_Parts":
+        """The same in host memory of its own."""
+        return _Parts(
+            dense=[(box, _copy(tensor)) for box, tensor in self.dense],
+            objects=self.objects,
+            common=self.common,
+            shards=[(kind, box, _copy(tensor), rows) for kind, box, tensor, rows in self.shards],
+        )
+
+
+@dataclass(kw_only=True)
+class _Written:
+    """What one rank has written."""
+
+    files: list[FileRecord] = field(default_factory=list)
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    objects: dict[str, torch_dist.Objects] = field(default_factory=dict)
+    error: str = ""
+
+    def add(self, kind: str, box: Box, digest: int) -> None:
+        before = self.tensors[box.name].digest if box.name in self.tensors else 0
+        self.tensors[box.name] = TensorRecord(
+            dtype=box.dtype, shape=box.shape, kind=kind, digest=(before + digest) % 2**64
+        )
+
+
+class Save:
+    """One checkpoint in the making on one rank; made and finished by all ranks together."""
+
+    def __init__(
+        self, path: Path, run: RunConfig, world: World, model: Model, optimizers: Optimizers, meta: dict[str, Any]
+    ) -> None:
+        """Check that it can be written, and begin to write it.
+
+        Args:
+            path: its directory; replaced if it exists.
+            run: written into the checkpoint.
+            world: the ranks.
+            model: parameters and tables.
+            optimizers: moments and step counts.
+            meta: what else is needed to continue: `progress` and more, see `Manifest`.
+
+        Raises:
+            MemparError: on every rank, when it cannot; nothing is left behind.
+        """
+        self.path, self.run, self.world, self.meta = path, run, world, meta
+        self.partial = path.with_name(path.name + _PARTIAL)
+        self.started = time.monotonic()
+        dense, objects, common = dense_parts(model, optimizers)
+        shards = []
+        for table, kind, box, tensor in table_parts(model.tables, optimizers, list(optimizers.histories)):
+            block_rows = block_rows_of(table, run.checkpoint.block_bytes)
+            if (share := saved_share(table, kind, box, tensor, block_rows)) is not None:
+                shards.append((kind, *share, block_rows))
+        parts = _Parts(dense=dense, objects=objects, common=common, shards=shards)
+        self.common = common
+        self._prepare(parts)
+        self.written = _Written()
+        self.thread: threading.Thread | None = None
+        if run.checkpoint.asynchronous:
+            self.thread = threading.Thread(target=self._write, args=(parts.copied(),), name="checkpoint")
+            self.thread.start()
+        else:
+            self._write(parts)
+        self.waited_seconds = time.monotonic() - self.started
+
+    @property
+    def has_written(self) -> bool:
+        """Whether this rank has written its files."""
+        return self.thread is None or not self.thread.is_alive()
+
+    def finish(self) -> Saved:
+        """Wait until all ranks have written, and give the checkpoint its name; every rank must call it.
+
+        Raises:
+            MemparError: on every rank, when one of them could not write; nothing is left behind.
+        """
+        began = time.monotonic()
+        if self.thread is not None:
+            self.thread.join()
+        num_bytes = _on_main(self.world, self.written, self._complete)
+        return Saved(
+            path=self.path,
+            num_bytes=num_bytes,
+            seconds=time.monotonic() - self.started,
+            waited_seconds=self.waited_seconds + time.monotonic() - began,
+        )
+
+    def _prepare(self, parts: _Parts) -> None:
+        _on_main(self.world, (parts.boxes, parts.num_bytes), self._make_room)
+
+    def _make_room(self, of_ranks: list[tuple[list[Box], int]]) -> None:
+        check_coverage([(box, rank) for rank, (boxes, _) in enumerate(of_ranks) for box in boxes])
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for left in self.path.parent.glob(f"*{_PARTIAL}"):
+                shutil.rmtree(left)
+            needed, free = sum(num_bytes for _, num_bytes in of_ranks), shutil.disk_usage(self.path.parent).free
+            if needed > free:
+                raise MemparError(
+                    f"{self.path} needs {needed / 2**20:.1f} MiB and {self.path.parent} has {free / 2**20:.1f} MiB "
+                    "left; nothing was written, the checkpoints before are intact; make room, or lower "
+                    "train.keep_checkpoints, and continue with --resume."
+                )
+            self.partial.mkdir()
+        except OSError as error:
+            raise _not_written(self.path, str(error)) from None
+
+    def _write(self, parts: _Parts) -> None:
+        """Write this rank's files; in a thread of its own when the save is asynchronous."""
+        try:
+            with ThreadPoolExecutor(self.run.checkpoint.threads) as pool:
+                for kind, box, tensor, block_rows in parts.shards:
+                    record, digest = shard_file.write_shard_file(self.partial, box, tensor, block_rows, pool.map)
+                    self.written.files.append(record)
+                    self.written.add(kind, box, digest)
+            record, digests, objects = torch_dist.write_rank_file(
+                self.partial, self.world.rank, parts.dense, parts.objects, self.run.checkpoint.block_bytes
+            )
+            if record is not None:
+                self.written.files.append(record)
+                self.written.objects[record.path] = objects
+            boxes = {box.name: box for box, _ in parts.dense}
+            for name, digest in digests.items():
+                self.written.add(OPTIMIZER if is_optimizer_state(name) else WEIGHTS, boxes[name], digest)
+        # Whatever it is, the other ranks wait to hear of it.
+        except Exception as error:
+            self.written.error = f"rank {self.world.rank}: {type(error).__name__}: {error}"
+
+    def _complete(self, of_ranks: list[_Written]) -> int:
+        errors = [written.error for written in of_ranks if written.error]
+        try:
+            if errors:
+                raise OSError(errors[0])
+            return self._describe(of_ranks)
+        except OSError as error:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise _not_written(self.path, str(error)) from None
+
+    def _describe(self, of_ranks: list[_Written]) -> int:
+        files = [record for written in of_ranks for record in written.files]
+        objects = {path: places for written in of_ranks for path, places in written.objects.items()}
+        ranks_files = [record for record in files if record.path.endswith(torch_dist.SUFFIX)]
+        files += torch_dist.write_description(self.partial, ranks_files, objects, self.common)
+        files.append(torch_dist.write_small_file(self.partial, CONFIG, to_yaml(self.run).encode()))
+        totals = _Written()
+        for written in of_ranks:
+            for name, record in written.tensors.items():
+                box = Box(name=name, dtype=record.dtype, shape=record.shape, offset=(), sizes=())
+                totals.add(record.kind, box, record.digest)
+        manifest = Manifest(
+            root=self.path,
+            progress=self.meta["progress"],
+            about={
+                **{key: value for key, value in self.meta.items() if key != "progress"},
+                "layout": layout_sizes(self.world),
+                # Every random number is a function of the seed and of its place: name, slot and column, step.
+                "random": {"seed": self.run.train.seed},
+                "versions": _versions(),
+            },
+            tensors=totals.tensors,
+            files={record.path: record for record in files},
+        )
+        torch_dist.write_small_file(self.partial, MANIFEST, write_manifest(manifest))
+        for directory, _, _ in os.walk(self.partial):
+            _sync_directory(Path(directory))
+        discard(self.path)
+        os.rename(self.partial, self.path)
+        _sync_directory(self.path.parent)
+        return manifest.num_bytes
+
+
+def _on_main(world: World, mine: Any, act: Any) -> Any:
+    """Let the main rank act on what all ranks have to say; all ranks get its result, or raise its MemparError."""
+    said: list[Any] | None = [None] * world.size if world.is_main else None
+    dist.gather_object(mine, said)
+    outcome: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            outcome[0] = act(said)
+        except MemparError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "megatron-core", "numpy", "safetensors")
+    return {"mempar": mempar.__version__, "python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in packages
+    }
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _sync_directory(path: Path) -> None:
+    """Make the names in a directory outlast a crash of the machine."""
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _not_written(path: Path, why: str) -> MemparError:
+    return MemparError(
+        f"{path} cannot be written: {why}; a checkpoint is written whole or not at all, so nothing of it is left and "
+        "those before it are intact; see to the disk and continue with --resume."
+    )

@@ -1,0 +1,103 @@
+"""A shard of one tensor as a safetensors file: a JSON header, then the numbers, row by row.
+
+Rows come in blocks (see boxes.py), each a piece with a checksum of its own. Blocks are written
+independently of each other, at places that are known beforehand.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mempar.memory.digest import digest_box
+from mempar.runtime.checkpoint.boxes import Box, row_blocks
+from mempar.runtime.checkpoint.manifest import FileRecord, Piece, checksum
+
+SUFFIX = ".safetensors"
+# safetensors' names of torch's types.
+_TYPE_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "uint8": "U8"}
+# Numbers begin at a multiple of this, so that a mapped file can be used as it is.
+_ALIGNMENT = 64
+
+
+def path_of(box: Box) -> str:
+    """The file of a shard, from its place: ranges of rows, and of columns where there are any."""
+    ranges = zip(("rows", "columns"), box.offset, box.sizes, strict=False)
+    place = ".".join(f"{what}-{start:010d}-{start + size:010d}" for what, start, size in ranges)
+    return f"tables/{box.name}/{place}{SUFFIX}"
+
+
+def dtype_of(box: Box) -> torch.dtype:
+    """A box's type, one of those that checkpoints hold."""
+    return getattr(torch, box.dtype) if box.dtype in _TYPE_NAMES else torch.uint8
+
+
+def write_shard_file(
+    directory: Path, box: Box, tensor: Tensor, block_rows: int, each: Callable[..., Iterator]
+) -> tuple[FileRecord, int]:
+    """Write a shard.
+
+    Args:
+        directory: of the checkpoint.
+        box: which part of which tensor it is.
+        tensor: its numbers, on any device.
+        block_rows: rows of the whole tensor in a block.
+        each: runs a function on each item, like `map`.
+
+    Returns:
+        What was written, and the shard's digest as an unsigned number of 64 bits.
+
+    Raises:
+        OSError: when the file cannot be written.
+    """
+    blocks = list(row_blocks(box, block_rows))
+    header = _header(box)
+    row_bytes = tensor[:1].numel() * tensor.element_size()
+    path = directory / path_of(box)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        write_at(file, header, 0)
+
+        def write_block(block: Box) -> tuple[Piece, int]:
+            first = block.offset[0] - box.offset[0]
+            part = tensor[first : first + block.sizes[0]].detach().cpu().contiguous()
+            data = as_bytes(part)
+            start = len(header) + first * row_bytes
+            piece = Piece(start=start, num_bytes=len(data), checksum=checksum(data), box=block)
+            write_at(file, data, start)
+            return piece, int(digest_box(box.name, part, block.offset, block.shape))
+
+        written = list(each(write_block, blocks))
+        os.fsync(file)
+    finally:
+        os.close(file)
+    head = Piece(start=0, num_bytes=len(header), checksum=checksum(header))
+    record = FileRecord(path=path_of(box), pieces=(head, *(piece for piece, _ in written)))
+    return record, sum(digest for _, digest in written) % 2**64
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not copied."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy()).cast("B")  # pyright: ignore[reportArgumentType]
+
+
+def write_at(file: int, data: bytes | memoryview, start: int) -> None:
+    """Write all of a buffer at a place in a file."""
+    view = memoryview(data)
+    while len(view):
+        # The kernel writes at most 2 GiB at a time.
+        count = os.pwrite(file, view, start)
+        view, start = view[count:], start + count
+
+
+def _header(box: Box) -> bytes:
+    num_bytes = box.num_elements * dtype_of(box).itemsize
+    entry = {"dtype": _TYPE_NAMES[box.dtype], "shape": box.sizes, "data_offsets": [0, num_bytes]}
+    about = {"shape": json.dumps(box.shape), "offset": json.dumps(box.offset)}
+    text = json.dumps({"__metadata__": about, box.name: entry}).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,172 @@
+"""Megatron's (and torch's) distributed checkpoint on disk: a directory that megatron loads by itself.
+
+    __RANK_0.distcp   tensors, each as torch.save writes it, one after the other
+    .metadata         a pickle that says which box of which tensor lies where
+    common.pt         what all ranks have in common
+    metadata.json     the format's name
+
+Written here rather than by megatron, so that the pieces' checksums and digests are computed on the way,
+nothing is forked, and no rank need meet another one while it writes. Read without unpickling: the places
+come from the manifest, the tensors through torch's loader of tensors alone; `.metadata` and `common.pt` are
+for megatron and never opened.
+"""
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from mempar.memory.digest import digest_box
+from mempar.runtime.checkpoint.boxes import Box, row_blocks
+from mempar.runtime.checkpoint.manifest import FileRecord, Piece, checksum
+from mempar.runtime.checkpoint.names import canonical
+
+SUFFIX = ".distcp"
+DIRECTORY = "dense"
+# Stands in the manifest for things that are no tensors, by megatron's key.
+Objects = dict[str, tuple[int, int]]
+
+
+def path_of(rank: int) -> str:
+    """The file of a rank."""
+    return f"{DIRECTORY}/__{rank}_0{SUFFIX}"
+
+
+def write_rank_file(
+    directory: Path, rank: int, tensors: list[tuple[Box, Tensor]], objects: dict[str, bytes], block_bytes: int
+) -> tuple[FileRecord | None, dict[str, int], Objects]:
+    """Write what a rank holds.
+
+    Args:
+        directory: of the checkpoint.
+        rank: its number.
+        tensors: parts of tensors.
+        objects: other things that megatron keeps, serialised, by its keys.
+        block_bytes: larger parts are cut, in rows of the whole tensor.
+
+    Returns:
+        What was written, None for nothing; digests by tensor; where in the file the objects are.
+
+    Raises:
+        OSError: when the file cannot be written.
+    """
+    if not tensors and not objects:
+        return None, {}, {}
+    path = directory / path_of(rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pieces: list[Piece] = []
+    digests: dict[str, int] = {}
+    places: Objects = {}
+    with path.open("xb") as file:
+
+        def append(data: Any, box: Box | None = None) -> None:
+            pieces.append(Piece(start=file.tell(), num_bytes=len(data), checksum=checksum(data), box=box))
+            file.write(data)
+
+        for key, data in objects.items():
+            places[key] = (file.tell(), len(data))
+            append(data)
+        for whole, tensor in tensors:
+            for box in row_blocks(whole, _rows_of(whole, tensor, block_bytes)):
+                mine, _ = whole.overlap(box) or ((), ())
+                # torch.save writes the whole storage that a view looks at.
+                part = tensor[mine].detach().cpu().clone(memory_format=torch.contiguous_format)
+                name = canonical(box.name)
+                digests[box.name] = digests.get(box.name, 0) + int(digest_box(name, part, box.offset, box.shape))
+                append(_saved(part), box)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(path=path_of(rank), pieces=tuple(pieces)), digests, places
+
+
+def load_piece(data: Any) -> Tensor:
+    """Read a piece that `write_rank_file` wrote, or megatron; nothing but a tensor is accepted.
+
+    Raises:
+        Exception: of many kinds, when it is anything else.
+    """
+    tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"a {type(tensor).__name__} where a tensor should be")
+    return tensor
+
+
+def write_description(
+    directory: Path, files: Iterable[FileRecord], objects: dict[str, Objects], common: Any
+) -> list[FileRecord]:
+    """Write the files that make the ranks' files a checkpoint for megatron.
+
+    Args:
+        directory: of the checkpoint.
+        files: of the ranks.
+        objects: where each file holds things that are no tensors, by its path.
+        common: megatron's state dict without what is sharded.
+
+    Returns:
+        What was written.
+    """
+    tensors: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for record in files:
+        name = Path(record.path).name
+        for piece in record.pieces:
+            if (box := piece.box) is not None:
+                entry = tensors.setdefault(
+                    box.name,
+                    TensorStorageMetadata(
+                        properties=TensorProperties(dtype=getattr(torch, box.dtype)),
+                        size=torch.Size(box.shape),
+                        chunks=[],
+                    ),
+                )
+                entry.chunks.append(ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.sizes)))
+                index = MetadataIndex(box.name, torch.Size(box.offset), len(entry.chunks) - 1)
+                places[index] = _StorageInfo(name, piece.start, piece.num_bytes)
+        for key, (start, num_bytes) in objects.get(record.path, {}).items():
+            tensors[key] = BytesStorageMetadata()
+            places[MetadataIndex(key)] = _StorageInfo(name, start, num_bytes)
+    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    backend |= {"common_backend": "torch", "common_backend_version": 1}
+    contents = {
+        ".metadata": pickle.dumps(Metadata(state_dict_metadata=tensors, storage_data=places)),
+        "common.pt": _saved(common),
+        "metadata.json": json.dumps(backend).encode(),
+    }
+    return [write_small_file(directory, f"{DIRECTORY}/{name}", data) for name, data in contents.items()]
+
+
+def write_small_file(directory: Path, path: str, data: bytes | memoryview) -> FileRecord:
+    """Write a file that is one piece."""
+    (directory / path).parent.mkdir(parents=True, exist_ok=True)
+    with (directory / path).open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(path=path, pieces=(Piece(start=0, num_bytes=len(data), checksum=checksum(data)),))
+
+
+def _rows_of(box: Box, tensor: Tensor, block_bytes: int) -> int:
+    """Rows of the whole tensor whose part here fills a block."""
+    row_bytes = tensor.numel() * tensor.element_size() // max(1, box.sizes[0] if box.sizes else 1)
+    return max(1, block_bytes // max(1, row_bytes))
+
+
+def _saved(thing: Any) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    return buffer.getbuffer()
