@@ -1,7 +1,7 @@
 """The smoke recipe: a small byte-level model with Memory+ on text that every machine has.
 
-It trains in two minutes on two cores, beats trigram counts, and divides over many layouts: 24
-samples a step, four blocks for two stages of two virtual ones, heads and widths for tp=2.
+It trains in about two and a half minutes on two cores, beats trigram counts, and divides over many layouts:
+24 samples a step, four blocks for two stages of two virtual ones, heads and widths for tp=2.
 """
 
 from mempar.memory.config import MemoryConfig
