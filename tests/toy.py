@@ -21,7 +21,7 @@ from mempar.dims import TableSlice
 from mempar.memory.config import MemoryConfig
 from mempar.runtime import bringup, mcore
 from mempar.runtime.bringup import World
-from mempar.runtime.checkpoint.loading import load_checkpoint
+from mempar.runtime.checkpoint.loading import HISTORY_SINCE, load_checkpoint
 from mempar.runtime.checkpoint.manifest import read_manifest
 from mempar.runtime.checkpoint.saving import Save
 from mempar.runtime.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
@@ -365,7 +365,8 @@ class History:
 
 def save_checkpoint(path: Path, run: RunConfig, session: Session, progress: dict[str, Any]) -> None:
     """Save what a session holds; every rank calls it."""
-    Save(path, run, session.world, session.model, session.optimizers, {"progress": progress}).finish()
+    meta = {"progress": progress, HISTORY_SINCE: dict.fromkeys(session.optimizers.histories, 0)}
+    Save(path, run, session.world, session.model, session.optimizers, meta).finish()
 
 
 def load_into(session: Session, path: Path) -> None:

@@ -49,6 +49,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
     from megatron.core.utils import get_batch_on_this_cp_rank
 
 logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -109,6 +110,7 @@ __all__ = [
     "is_main_replica",
     "load_preprocess",
     "make_moments",
+    "make_sharded_tensors_for_checkpoint",
     "merge",
     "moe_router",
     "moe_utils",

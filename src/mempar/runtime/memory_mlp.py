@@ -30,6 +30,19 @@ class MemoryMLP(MemoryLayer):
         """Learn the 1-based global number of the block; megatron calls this."""
         self.block = layer_number - 1
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Describe the parameters, which every tensor-parallel rank holds whole; an MLP asks its parts for this."""
+        return mcore.make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {},
+            sharded_offsets,
+            tp_group=mcore.parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+
     def choose(self, x: Tensor, slot_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose as every memory layer does, and let the choice be counted in a step that is watched."""
         slot_index, weight = super().choose(x, slot_index)
