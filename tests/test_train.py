@@ -14,9 +14,7 @@ import torch
 from mempar.errors import CheckpointError, ConfigError
 from mempar.memory.config import MemoryConfig
 from mempar.runtime import bringup
-from mempar.runtime.checkpoint import retention
 from mempar.runtime.checkpoint.accept import open_checkpoint
-from mempar.runtime.checkpoint.retention import discard
 from mempar.runtime.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from mempar.runtime.heldout import Heldout
 from mempar.runtime.mcore import IndexedDatasetBuilder
@@ -344,19 +342,3 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
 ) -> None:
     directory = open_new(tmp_path / "run", toy(paths, mp=2))
     assert pool.run(2, spoil_and_step, str(directory.config)) == [[True, 1, 1], [True, 1, 1]]
-
-
-def test_discarded_checkpoint_is_none_before_it_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    directory = RunDir(tmp_path)
-    for step in (1, 2):
-        directory.checkpoint(step).mkdir(parents=True)
-        (directory.checkpoint(step) / "manifest.json").write_text("{}")
-    monkeypatch.setattr(retention.shutil, "rmtree", lambda *args, **kwargs: None)
-    # Killed before a file was deleted.
-    discard(directory.checkpoint(2))
-    assert directory.latest_checkpoint() == directory.checkpoint(1)
-    monkeypatch.undo()
-    directory.checkpoint(2).mkdir()
-    discard(directory.checkpoint(2))
-    discard(directory.checkpoint(3))
-    assert [path.name for path in directory.checkpoints.iterdir()] == ["step_00000001"]

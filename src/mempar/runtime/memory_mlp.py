@@ -34,12 +34,13 @@ class MemoryMLP(MemoryLayer):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Describe the parameters, which every tensor-parallel rank holds whole; an MLP asks its parts for this."""
+        tensor_group: Any = mcore.parallel_state.get_tensor_model_parallel_group()
         return mcore.make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
             {},
             sharded_offsets,
-            tp_group=mcore.parallel_state.get_tensor_model_parallel_group(),
+            tp_group=tensor_group,
             dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )
 
