@@ -36,7 +36,7 @@ from test_train import toy
 TESTS = Path(__file__).parent
 MEMPAR = Path(sys.executable).with_name("mempar")
 # Longer than the ranks of a busy machine are apart when they start.
-TIMEOUT = 12
+TIMEOUT = 8
 paths = test_train.paths
 
 
