@@ -1,6 +1,6 @@
 """Speed of saving and loading a checkpoint beside `cp` of the same bytes, and how long training waits for a save.
 
-    python benchmarks/checkpoint.py [--pairs 5] [--ranks 1] [--subkeys 512] [--out benchmarks/results/checkpoint-cpu.json]
+    python benchmarks/checkpoint.py [--pairs 5] [--ranks 1] [--subkeys 512] [--out FILE.json]
 
 One side after the other, alternating: a save (`Save`, to its manifest's fsync), a load into the same layout, and
 `cp -r --reflink=never` of the saved directory with an fsync of every file it made. Reported are median throughputs and
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-
 from engine import describe_machine, engine_stepper, make_run, on_ranks, random_batches
 
 # Steps before the save, with it and after it whose time is looked at.
@@ -34,8 +33,11 @@ def checkpoint_run(num_subkeys: int, ranks: int, *, asynchronous: bool) -> Any:
     from mempar.runtime.checkpoint.config import CheckpointConfig
     from mempar.runtime.config import ParallelConfig
 
+    run = make_run(num_subkeys)
     return dataclasses.replace(
-        make_run(num_subkeys),
+        run,
+        # Small batches: what is measured is the time between them.
+        train=dataclasses.replace(run.train, micro_batch_size=1, global_batch_size=2),
         parallel=ParallelConfig(mp=ranks),
         checkpoint=CheckpointConfig(asynchronous=asynchronous),
     )

@@ -67,6 +67,7 @@ def corrupt_and_check(run: RunConfig, where: int, what: str) -> tuple[bool, str]
         else:
             for logical in logical_parameters(model.chunks[0], tp=1, tp_rank=0, ep_rank=0):
                 if logical.name == what:
+                    assert logical.dim is None
                     logical.param.data[3, 1] += 1.0
     said = ""
     # It is not the turn of anything.
@@ -108,7 +109,15 @@ CASES: dict[str, tuple[int, RunConfig, int, str, str]] = {
         toy_run(tp=2, dtype="bf16"),
         2,
         NORM,
-        rf"{re.escape(NORM)} from row 3 on, between ranks \[0\] and \[2\]",
+        rf"{re.escape(NORM)} from row 3 on, between ranks \[0\] and \[2\]; "
+        rf"{re.escape(NORM)} from row 3 on, between ranks \[2\] and \[3\]",
+    ),
+    "dense, tensor-parallel copies": (
+        2,
+        toy_run(tp=2, sequence_parallel=True),
+        1,
+        NORM,
+        rf"{re.escape(NORM)} from row 3 on, between ranks \[0\] and \[1\]",
     ),
 }
 

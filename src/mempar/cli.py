@@ -54,7 +54,7 @@ def train(
         Path | None, typer.Option("--from", help="Start a new run from a checkpoint of any layout.")
     ] = None,
 ) -> None:
-    """Train a recipe on this machine."""
+    """Train a recipe on this machine. SIGTERM or ^C lets it save and end; a second ^C ends it at once."""
     from mempar.tools import train_command
 
     train_command.train(

@@ -60,7 +60,8 @@ class MemoryConfig:
             `auto` (where that pays, see `parallel/cost.py`), `on` or `off`.
         balance_loss: coefficient of the loss that asks for even reads (see balance.py); 0 turns it off.
         check_interval: steps between two comparisons of copies that must be bit for bit equal (of the table
-            between its replicas and stages, of dense parameters between data-parallel ranks); 0 never compares.
+            between its replicas and stages, of dense parameters between data-parallel ranks, and of those that are not
+            split between tensor-parallel ranks); 0 never compares.
         column_tile: width of the unit in which columns are cut and row statistics are kept.
         usage_interval: steps between reports of how the table is used (coverage, dead slots, skew, entropy of the
             heads); 0 never counts anything.

@@ -4,7 +4,6 @@ This is the one place of the runtime that reads environment variables (those tha
 """
 
 import datetime
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +83,8 @@ def lay_out(run: RunConfig) -> World:
     rank, size = dist.get_rank(), dist.get_world_size()
     placement = place(run, size)
     sizes = run.parallel
+    # Declared as whole minutes, passed to a timedelta that takes parts of them.
+    minutes: Any = run.train.collective_timeout / 60
     mcore.parallel_state.initialize_model_parallel(
         sizes.tp,
         sizes.pp,
@@ -91,7 +92,7 @@ def lay_out(run: RunConfig) -> World:
         context_parallel_size=sizes.cp,
         expert_model_parallel_size=sizes.ep,
         expert_tensor_parallel_size=sizes.tp,
-        distributed_timeout_minutes=math.ceil(run.train.collective_timeout / 60),
+        distributed_timeout_minutes=minutes,
     )
     mcore.tensor_parallel.model_parallel_cuda_manual_seed(run.train.seed)
     torch.manual_seed(run.train.seed)

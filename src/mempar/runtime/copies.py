@@ -1,10 +1,11 @@
 """Comparing what several ranks must hold bit for bit alike.
 
 Copies of a table shard (replicas, stage copies) apply the same update to the same numbers, and
-data-parallel ranks the same step to the same dense parameters; nothing afterwards would notice if one
-of them went astray through a fault of a machine or of this program. At an interval, digests are
-compared: of the values and optimizer state of each shard over its copies, of dense parameters over the
-data-parallel ranks. Eight bytes a tensor travel to each copy; only where digests differ, more do.
+data-parallel ranks the same step to the same dense parameters, as do tensor-parallel ranks to those that
+are not split; nothing afterwards would notice if one of them went astray through a fault of a machine or of
+this program. At an interval, digests are compared: of the values and optimizer state of each shard over its
+copies, of dense parameters over the data-parallel and the tensor-parallel ranks. Eight bytes a tensor travel to
+each copy; only where digests differ, more do.
 """
 
 from collections.abc import Callable, Mapping
@@ -68,12 +69,15 @@ def is_due(interval: int, step: int) -> bool:
 
 def _dense_differences(model: Model) -> list[str]:
     state = mcore.parallel_state
-    parameters = [(logical.name, logical.param) for logical in own_parameters(model.chunks)]
+    parameters = list(own_parameters(model.chunks))
     # Megatron marks experts, which have a group of their own.
-    everywhere = {name: param for name, param in parameters if getattr(param, "allreduce", True)}
-    experts = {name: param for name, param in parameters if name not in everywhere}
+    everywhere = {logical.name: logical.param for logical in parameters if getattr(logical.param, "allreduce", True)}
+    experts = {logical.name: logical.param for logical in parameters if logical.name not in everywhere}
+    split = {logical.name for logical in parameters if logical.dim is not None}
+    whole = {name: param for name, param in everywhere.items() if name not in split}
     return [
         *_over_group(everywhere, state.get_data_parallel_group(with_context_parallel=True)),
+        *_over_group(whole, state.get_tensor_model_parallel_group()),
         *(_over_group(experts, state.get_expert_data_parallel_group()) if experts else []),
     ]
 

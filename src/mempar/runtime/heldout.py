@@ -1,6 +1,7 @@
 """The held-out loss, with two yardsticks beside it: trigram counts, and the model without its memory."""
 
 import functools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ class Heldout:
         self.samples = Samples(run, run.data.heldout_paths, (), run.train.seed)
 
     def loss(self, *, memory: bool = True) -> float:
-        """Mean token loss; every rank must call it.
+        """Mean token loss; every rank must call it. Not a number if the run is to stop: the rest is left out.
 
         Args:
             memory: False lets all lookups return zeros.
@@ -44,6 +45,8 @@ class Heldout:
             )
             loss_sum, num_tokens = self.stepper.evaluate(batches)
             total, tokens = total + loss_sum, tokens + num_tokens
+            if self.stepper.stopping.agreed:
+                return math.nan
         return total / tokens
 
     @functools.cached_property

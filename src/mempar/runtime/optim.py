@@ -19,6 +19,7 @@ from mempar.memory.optimizer import OptimizerSettings, TableOptimizer, make_tabl
 from mempar.memory.usage import RowHistory
 from mempar.parallel.gradsync import sum_over_copies
 from mempar.runtime import mcore
+from mempar.runtime.ballots import Ballots
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
 from mempar.runtime.model import Model
@@ -118,7 +119,12 @@ class Optimizers:
 
     @torch.no_grad()
     def step(
-        self, factors: LrFactors, num_tokens: Tensor, loss_sum: Tensor, inspect: Inspector | None = None
+        self,
+        factors: LrFactors,
+        num_tokens: Tensor,
+        loss_sum: Tensor,
+        inspect: Inspector | None = None,
+        ballots: Ballots | None = None,
     ) -> StepReport:
         """Apply the gradients of one global batch.
 
@@ -127,6 +133,7 @@ class Optimizers:
             num_tokens: unmasked tokens of the global batch, as left by megatron's finalisation.
             loss_sum: `[] float64`, sum of this rank's token losses; zero off the last stage.
             inspect: called in between, when all numbers are known and nothing is changed yet.
+            ballots: what ranks agree about in this step's reduction.
 
         Returns:
             The step's numbers, equal on all ranks.
@@ -139,11 +146,16 @@ class Optimizers:
         dense, dense_rest = self._dense_squares()
         memories, memory_rest = self._table_squares(gradients)
         own = torch.stack([loss_sum, dense, dense_rest, *memories, memory_rest])
-        sums = torch.cat([own, (~torch.isfinite(own)).sum()[None], self._balance_totals()])
+        ballots = ballots or Ballots()
+        wishes = torch.tensor(ballots.wishes(), dtype=own.dtype, device=own.device)
+        sums = torch.cat([own, (~torch.isfinite(own)).sum()[None], wishes, self._balance_totals()])
         # One reduction carries the loss and every norm: a number that is not finite anywhere reaches
         # every rank, and no rank returns before the others.
         dist.all_reduce(sums)
-        loss, dense_square, _, *memory_squares = sums[: len(own) - 1].tolist()
+        totals = sums.tolist()
+        loss, dense_square, _, *memory_squares = totals[: len(own) - 1]
+        balance_at = len(own) + 1 + len(wishes)
+        ballots.settle(totals[len(own) + 1 : balance_at])
         names = list(self.run.memories)
         report = StepReport(
             loss=loss / max(1, tokens),
@@ -151,8 +163,8 @@ class Optimizers:
             memory_grad_norms={name: square**0.5 for name, square in zip(names, memory_squares, strict=True)},
             tokens=tokens,
             # A sum of finite numbers may overflow.
-            applied=bool(torch.isfinite(sums).all()) and not sums[len(own)],
-            balance_losses=dict(zip(names, _means(sums[len(own) + 1 :].tolist()), strict=True)),
+            applied=bool(torch.isfinite(sums).all()) and not totals[len(own)],
+            balance_losses=dict(zip(names, _means(totals[balance_at:]), strict=True)),
         )
         if inspect is not None:
             inspect(report, gradients)

@@ -5,6 +5,8 @@
     metrics.jsonl        one object a step
     checkpoints/         step_XXXXXXXX directories, whole or not at all
     events.out.tfevents* TensorBoard
+    lock, lock.ranks     held while the run goes on (lock.py)
+    ranks/               signs of life while it does, and what ranks left behind if it failed
 
 Nothing here imports torch.
 """
@@ -16,6 +18,7 @@ from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
 from mempar.runtime.checkpoint.retention import checkpoints_in, step_of
 from mempar.runtime.config import RunConfig
+from mempar.runtime.lock import LOCK_NAME, RANKS_LOCK_NAME
 from mempar.runtime.overrides import load_yaml, to_yaml
 
 # Settings that are compared, by section; None for all of a section.
@@ -47,6 +50,7 @@ class RunDir:
         self.layout = root / "layout.json"
         self.metrics = root / "metrics.jsonl"
         self.checkpoints = root / "checkpoints"
+        self.ranks = root / "ranks"
 
     def checkpoint(self, step: int) -> Path:
         """Directory of the checkpoint after `step` steps."""
@@ -71,8 +75,9 @@ def open_new(root: Path, run: RunConfig) -> RunDir:
 
 
 def check_free(root: Path) -> None:
-    """Refuse a directory in which something lies already."""
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    """Refuse a directory in which something lies already, beside locks."""
+    locks = (LOCK_NAME, RANKS_LOCK_NAME)
+    if root.exists() and (not root.is_dir() or any(path.name not in locks for path in root.iterdir())):
         what = "holds a run already" if RunDir(root).config.exists() else "exists and is not an empty directory"
         raise ConfigError(
             f"{root} {what}; a new run needs a directory of its own; continue that run with --resume, or choose "

@@ -12,19 +12,37 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mempar.runtime import mcore
+from mempar.runtime.ballots import Ballots
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
 from mempar.runtime.data import Batch, context_share
+from mempar.runtime.heartbeat import Heartbeat
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Inspector, Optimizers, StepReport
 from mempar.runtime.schedule import LrFactors
+from mempar.runtime.stopping import Stopping
 
 
 class Stepper:
-    """Runs global batches through a model."""
+    """Runs global batches through a model.
 
-    def __init__(self, run: RunConfig, world: World, model: Model, optimizers: Optimizers) -> None:
+    Attributes:
+        stopping: whether the run is to stop.
+        ballots: what ranks agree about in every batch, stopping first.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        world: World,
+        model: Model,
+        optimizers: Optimizers,
+        stopping: Stopping | None = None,
+        heartbeat: Heartbeat | None = None,
+    ) -> None:
         self.run, self.world, self.model, self.optimizers = run, world, model, optimizers
+        self.stopping, self._heartbeat = stopping or Stopping(), heartbeat or Heartbeat()
+        self.ballots = Ballots(self.stopping)
         self._num_tokens: Tensor | None = None
         model.transformer.finalize_model_grads_func = self._finalize
 
@@ -53,16 +71,29 @@ class Stepper:
         self.optimizers.dense.zero_grad()
         loss_sum, _ = self._schedule(batches, forward_only=False)
         assert self._num_tokens is not None
-        return self.optimizers.step(factors, self._num_tokens, loss_sum, inspect)
+        return self.optimizers.step(factors, self._num_tokens, loss_sum, inspect, self.ballots)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> tuple[float, int]:
         """Sum of the token losses of all ranks' micro-batches and their tokens, equal on all ranks; changes nothing."""
         for chunk in self.model.wrapped:
             chunk.eval()
-        sums = torch.stack(self._schedule(batches, forward_only=True))
-        dist.all_reduce(sums)
-        return float(sums[0]), int(sums[1])
+        return self._agree(self._schedule(batches, forward_only=True))
+
+    def agree_to_stop(self) -> bool:
+        """Whether any rank wishes to stop, between steps; every rank must call it, the host waits for all."""
+        none = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        self._agree((none, none))
+        return bool(self.stopping.agreed)
+
+    def _agree(self, sums: tuple[Tensor, Tensor]) -> tuple[float, int]:
+        """Reduce two sums, and what ranks agree about, over the world."""
+        wishes = torch.tensor(self.ballots.wishes(), dtype=torch.float64, device=self.world.device)
+        both = torch.cat([torch.stack(sums), wishes])
+        dist.all_reduce(both)
+        loss_sum, num_tokens, *wished = both.tolist()
+        self.ballots.settle(wished)
+        return loss_sum, int(num_tokens)
 
     def _schedule(self, batches: list[Batch], *, forward_only: bool) -> tuple[Tensor, Tensor]:
         """Run the schedule; return this rank's sums of losses and tokens (zero off the last stage)."""
@@ -87,6 +118,7 @@ class Stepper:
         return sums[0], sums[1]
 
     def _forward(self, batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
+        self._heartbeat.beat()
         batch = self.model.in_flight.current = context_share(next(batches))
         output = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels)
 

@@ -11,6 +11,7 @@ from mempar.runtime.checkpoint.loading import HISTORY_SINCE, load_checkpoint
 from mempar.runtime.config import RunConfig
 from mempar.runtime.copies import check_copies
 from mempar.runtime.data import Samples, micro_batches
+from mempar.runtime.heartbeat import Heartbeat, Phase
 from mempar.runtime.heldout import Heldout
 from mempar.runtime.layout_report import write_layout
 from mempar.runtime.metrics import MetricsLog, Terminal, peak_flops
@@ -22,6 +23,7 @@ from mempar.runtime.run_dir import RunDir
 from mempar.runtime.schedule import LrFactors, lr_factors
 from mempar.runtime.size import model_size
 from mempar.runtime.step import Stepper
+from mempar.runtime.stopping import Stopping
 from mempar.runtime.tokenizer import vocab_size
 from mempar.runtime.usage import UsageMonitor, usage_lines
 
@@ -29,7 +31,15 @@ from mempar.runtime.usage import UsageMonitor, usage_lines
 class Trainer:
     """One run on one rank."""
 
-    def __init__(self, run: RunConfig, world: World, directory: RunDir, load: Path | None) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        world: World,
+        directory: RunDir,
+        load: Path | None,
+        stopping: Stopping | None = None,
+        heartbeat: Heartbeat | None = None,
+    ) -> None:
         """Build the model and continue from a checkpoint, if there is one.
 
         Args:
@@ -37,11 +47,14 @@ class Trainer:
             world: the laid-out ranks.
             directory: where to write.
             load: checkpoint to continue from.
+            stopping: what this rank is told about ending early.
+            heartbeat: where it gives signs of life.
         """
         self.run, self.world, self.directory = run, world, directory
+        self.stopping, self.heartbeat = stopping or Stopping(), heartbeat or Heartbeat()
         self.model = build_model(run, world, vocab_size(run))
         self.optimizers = Optimizers(run, world, self.model)
-        self.stepper = Stepper(run, world, self.model, self.optimizers)
+        self.stepper = Stepper(run, world, self.model, self.optimizers, self.stopping, self.heartbeat)
         self.progress = Progress()
         self.samples = Samples(run, run.data.paths, run.data.weights, run.train.seed)
         self.heldout = Heldout(run, world, self.stepper, self.model) if run.train.heldout_samples else None
@@ -57,6 +70,7 @@ class Trainer:
             since = dict.fromkeys(run.memories, self.progress.step) | manifest.about.get(HISTORY_SINCE, {})
         self.usage = UsageMonitor(run, world, self.model, self.optimizers, since)
         self.keeper = Keeper(run, world, directory, self.model, self.optimizers, self._say)
+        self.stepper.ballots.add(self.keeper)
         self.watch = Watch(run, world, directory, self.model, self.optimizers, self.progress)
         write_layout(directory.layout, world, self.model, self.optimizers)
         self.terminal: Terminal | None = None
@@ -68,27 +82,48 @@ class Trainer:
             )
 
     def train(self) -> None:
-        """Run to the last step, saving and evaluating on the way."""
+        """Run to the last step, saving and evaluating on the way; or until the ranks agree to stop."""
         train = self.run.train
         self._announce()
-        if self.progress.step < train.steps:
+        if not self.stepper.agree_to_stop() and self.progress.step < train.steps:
             self._heldout(yardsticks=True)
             if self.watch.needs_checkpoint:
-                self.save()
-        while self.progress.step < train.steps:
-            self._step()
+                self._save()
+        while self.progress.step < train.steps and not self.stopping.agreed:
+            with self.stopping.timed("step"):
+                self._step()
+            if self.keeper.all_written:
+                self._finish_save()
             if self._went_back():
                 continue
             step = self.progress.step
             last = step == train.steps
+            self.heartbeat.mark(Phase.COPY_CHECK, step)
             check_copies(self.run, self.model, self.optimizers, step)
             if train.heldout_interval and step % train.heldout_interval == 0 and not last:
-                self._heldout()
-            if (train.save_interval and step % train.save_interval == 0) or last:
-                self.save()
-        self.keeper.finish()
+                with self.stopping.timed("evaluation"):
+                    self._heldout()
+            if (train.save_interval and step % train.save_interval == 0) or last or self.stopping.agreed:
+                self._save()
+        self._finish_save()
         self._heldout(yardsticks=True)
         self._close()
+
+    def _save(self) -> None:
+        """Save; who was told to stop while it went on need not wait for another step."""
+        self.heartbeat.mark(Phase.SAVING, self.progress.step)
+        with self.stopping.timed("save"):
+            self.save()
+        self.stepper.agree_to_stop()
+
+    def _finish_save(self) -> None:
+        """Name the checkpoint that was written beside training, if there is one."""
+        if self.keeper.pending is not None:
+            self.heartbeat.mark(Phase.SAVING, self.progress.step)
+        saved = self.keeper.finish()
+        if saved is not None:
+            # Whoever stops has to wait for all of it.
+            self.stopping.took("save", saved.seconds)
 
     def save(self) -> None:
         """Write a checkpoint of the present step and drop the oldest; every rank must call it."""
@@ -98,6 +133,7 @@ class Trainer:
     def _step(self) -> None:
         train, grid, progress = self.run.train, self.world.placement.grid, self.progress
         started = time.monotonic()
+        self.heartbeat.mark(Phase.DATA, progress.step + 1)
         batches = micro_batches(
             self.samples,
             self.run,
@@ -109,6 +145,7 @@ class Trainer:
         )
         factors = lr_factors(self.run, progress.step)
         self.usage.watch(progress.step + 1)
+        self.heartbeat.mark(Phase.FORWARD_BACKWARD, progress.step + 1)
         report = self.stepper.train(batches, factors, self.watch.inspect)
         progress.advance(
             applied=report.applied,
@@ -117,6 +154,7 @@ class Trainer:
             samples=train.global_batch_size,
             window=train.spike_window if train.spike_factor else 0,
         )
+        self.heartbeat.mark(Phase.UPDATE, progress.step)
         usage = self.usage.report(progress.step)
         if self.world.is_main:
             self._record(report, factors, time.monotonic() - started, usage)
@@ -129,7 +167,7 @@ class Trainer:
         self._say(f"spike: {spike}{self.watch.suspects}")
         if self.log is not None:
             self.log.write(self.watch.event("spike", spike))
-        self.keeper.finish()
+        self._finish_save()
         good = self.watch.roll_back()
         if good is None:
             return False
@@ -183,8 +221,9 @@ class Trainer:
 
     def _heldout(self, *, yardsticks: bool = False) -> None:
         """Evaluate and say so; with the losses of trigram counts and without the memory beside it."""
-        if self.heldout is None:
+        if self.heldout is None or self.stopping.agreed:
             return
+        self.heartbeat.mark(Phase.EVALUATION, self.progress.step)
         losses = {"heldout_loss": self.heldout.loss()}
         said = [f"this model {losses['heldout_loss']:.4f}"]
         if yardsticks and self.run.memory.enabled:
@@ -193,11 +232,20 @@ class Trainer:
         if yardsticks and self.run.data.trigram_baseline and self.world.is_main:
             losses["heldout_loss_trigram"] = self.heldout.trigram_loss
             said.append(f"trigram counts {losses['heldout_loss_trigram']:.4f}")
+        if self.stopping.agreed:
+            # It was cut short.
+            return
         self._say(f"held-out loss after {self.progress.step} steps: {', '.join(said)}")
         if self.log is not None:
             self.log.write({"step": self.progress.step, **losses})
 
     def _close(self) -> None:
+        self.heartbeat.mark(Phase.ENDING, self.progress.step)
+        if self.stopping.agreed:
+            whole = self.directory.checkpoint(self.progress.step).exists()
+            saved = "saved" if whole else "with nothing new to save"
+            more = "continue with --resume" if self.progress.step < self.run.train.steps else "all steps are done"
+            self._say(f"ended by {self.stopping.agreed} at step {self.progress.step}, {saved}; {more}")
         if self.log is not None and self.terminal is not None:
             self.log.close()
             self.terminal.close()

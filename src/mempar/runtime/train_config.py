@@ -25,6 +25,9 @@ class TrainConfig:
     losses, or when it is the last of `spike_skips` steps in a row that were not finite (see spikes.py).
     `spike_action` then is `report`, or `rollback`: the run goes back to the checkpoint before the spike and on
     with the data after it, at most `spike_max_rollbacks` times.
+
+    `time_limit_minutes` (0: none) counts from the launch: the run saves and ends before a step that might not leave
+    the time to save (see stopping.py). Ranks wait for each other for `collective_timeout` seconds.
     """
 
     steps: int = 100
@@ -47,6 +50,7 @@ class TrainConfig:
     spike_max_rollbacks: int = 3
     peak_tflops: float = 0.0
     collective_timeout: int = 600
+    time_limit_minutes: float = 0.0
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -54,7 +58,7 @@ class TrainConfig:
         at_least("train", self, 1, "global_batch_size", "seq_length", "log_interval")
         at_least("train", self, 1, "keep_checkpoints", "collective_timeout")
         at_least("train", self, 0, "steps", "seed", "save_interval", "heldout_interval", "heldout_samples")
-        at_least("train", self, 0, "micro_batch_size", "spike_factor")
+        at_least("train", self, 0, "micro_batch_size", "spike_factor", "time_limit_minutes")
         at_least("train", self, 1, "spike_window", "spike_skips", "spike_max_rollbacks")
         one_of("train", self, "spike_action", SPIKE_ACTIONS)
         self._check_spikes()

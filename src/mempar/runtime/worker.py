@@ -1,52 +1,116 @@
-"""One rank of a run: `python -m mempar.runtime.worker RUN_DIR [CHECKPOINT]`, started by launch.py."""
+"""One rank of a run: `python -m mempar.runtime.worker RUN_DIR`, started by launch.py.
 
+What a rank needs to end well comes before the seconds that importing torch takes: it dies with its launcher, gives
+signs of life, holds the run's lock and heeds signals.
+"""
+
+import argparse
 import ctypes
+import faulthandler
+import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
-import torch.distributed as dist
-
 from mempar.errors import MemparError
-from mempar.runtime import bringup
-from mempar.runtime.overrides import load_yaml
+from mempar.runtime.endings import record_failure
+from mempar.runtime.heartbeat import Heartbeat
+from mempar.runtime.lock import share_lock
 from mempar.runtime.run_dir import RunDir
-from mempar.runtime.train import Trainer
+from mempar.runtime.stopping import Stopping, heed_signals, ignore_signals
 
 _PR_SET_PDEATHSIG = 1
 
 
-def run_rank(directory: Path, load: Path | None) -> None:
-    """Train the run that `directory/config.yaml` describes, on this rank."""
-    paths = RunDir(directory)
+def run_rank(paths: RunDir, load: Path | None, launched: float, stopping: Stopping, heartbeat: Heartbeat) -> None:
+    """Train the run that lies in a directory, on this rank.
+
+    Args:
+        paths: of the run.
+        load: checkpoint to continue from.
+        launched: seconds since the epoch from which the time limit counts.
+        stopping: what signals to this process ask for.
+        heartbeat: this rank's signs of life.
+    """
+    import torch.distributed as dist
+
+    from mempar.runtime import bringup
+    from mempar.runtime.overrides import load_yaml
+    from mempar.runtime.train import Trainer
+
     run = load_yaml(paths.config)
+    stopping.limit(launched, run.train.time_limit_minutes)
     bringup.join_world(run.train.collective_timeout)
+    heartbeat.identify(dist.get_rank())
     world = bringup.lay_out(run)
-    Trainer(run, world, paths, load).train()
+    Trainer(run, world, paths, load, stopping, heartbeat).train()
     bringup.tear_down(world)
     dist.destroy_process_group()
 
 
+def die_with(parent: int) -> None:
+    """Let the kernel kill this process when its parent dies.
+
+    The signal comes when the thread that started this process ends, so a launcher starts ranks from its main thread.
+    It does not reach children of this process: those call this for themselves.
+
+    Args:
+        parent: process that started this one; 0 if it is not known.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent and os.getppid() != parent:
+        # It died before the call above, which is about later deaths.
+        os._exit(1)
+
+
 def main() -> int:
     """Run a rank as a process of its own; returns the exit status."""
-    directory, *rest = sys.argv[1:]
-    if sys.platform == "linux":
-        # A rank must not outlive its launcher.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    try:
-        run_rank(Path(directory), Path(rest[0]) if rest else None)
-    except MemparError as error:
-        # All ranks refuse alike; one of them says so.
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"mempar: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2.0)
-        return error.exit_status
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    parser = argparse.ArgumentParser(prog="mempar.runtime.worker")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--load", type=Path, help="checkpoint to continue from")
+    parser.add_argument("--launcher", type=int, default=0, help="process that started this one and tells of failures")
+    parser.add_argument("--launched", type=float, default=0.0, help="seconds since the epoch")
+    parser.add_argument("--rank", type=int, default=-1, help="if it is known before the environment is read")
+    given = parser.parse_args()
+    paths = RunDir(given.directory)
+    die_with(given.launcher)
+    exists = paths.root.is_dir()
+    heartbeat, stopping = Heartbeat(paths.ranks if exists else None), Stopping()
+    heartbeat.identify(given.rank)
+    with heed_signals(stopping.wish):
+        lock = share_lock(paths.root)
+        if heartbeat.stack_path is not None:
+            # Works in native code too, where handlers in Python have to wait.
+            faulthandler.register(signal.SIGUSR1, file=heartbeat.stack_path.open("w"))
+        try:
+            run_rank(paths, given.load, given.launched or time.time(), stopping, heartbeat)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        except Exception as error:
+            failure = record_failure(paths.ranks, heartbeat.sign.rank, error) if exists else None
+            told = isinstance(error, MemparError)
+            if not given.launcher or failure is None:
+                # Nobody else will.
+                print(f"mempar: {error}" if told else traceback.format_exc(), file=sys.stderr, flush=True)
+            return error.exit_status if told else 1
+        finally:
+            ignore_signals()
+            if lock is not None:
+                lock.close()
     return 0
 
 
+def leave(status: int) -> None:
+    """End this process; at once if it failed."""
+    if status:
+        sys.stdout.flush()
+        # Groups with a dead member may take their time to be torn down; the others wait for this one's sockets.
+        os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

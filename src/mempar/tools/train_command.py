@@ -10,9 +10,11 @@ from mempar.recipes import find_recipe
 from mempar.runtime.checkpoint.accept import open_checkpoint
 from mempar.runtime.config import RunConfig
 from mempar.runtime.launch import launch_local
+from mempar.runtime.lock import RunLock
 from mempar.runtime.overrides import override
 from mempar.runtime.preflight import check_data, check_layout
 from mempar.runtime.run_dir import RunDir, check_free, open_existing, open_new
+from mempar.runtime.stopping import Terminated, sigterm_raises
 
 CORPORA = ("stdlib",)
 
@@ -27,7 +29,7 @@ def train(
     start_from: Path | None,
     say: Callable[[str], None],
 ) -> Path:
-    """Train a recipe on this machine.
+    """Train a recipe on this machine; SIGTERM and SIGINT let it save and return.
 
     Args:
         recipe: name, YAML file or module:function.
@@ -43,7 +45,9 @@ def train(
 
     Raises:
         ConfigError: for bad input, before anything is written or started.
+        MemparError: when a rank failed.
     """
+    launched = time.time()
     run = override(find_recipe(recipe), assignments)
     ranks = num_ranks if num_ranks is not None else run.parallel.smallest_world
     run = check_layout(run, ranks)
@@ -52,16 +56,34 @@ def train(
     if resume and out is None:
         raise ConfigError("--resume needs --out DIR, the directory of the run to continue.")
     root = (out or Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
-    load = RunDir(root).latest_checkpoint() if resume else start_from and start_from.resolve()
-    if not resume:
+    started = False
+    try:
+        with sigterm_raises():
+            load = _checkpoint(root, run, resume=resume, start_from=start_from)
+            run = with_data(run, say)
+            with RunLock(root, say):
+                directory = open_existing(root, run) if resume else open_new(root, run)
+                if resume:
+                    # Whoever wrote here until now may have saved in the meantime.
+                    load = _checkpoint(root, run, resume=True, start_from=None)
+                say(f"run directory: {root}")
+                started = True
+                launch_local(directory.root, ranks, load, say, launched=launched)
+    except Terminated:
+        if not started:
+            say("ended by SIGTERM before the ranks were started, with nothing new to save")
+    return root
+
+
+def _checkpoint(root: Path, run: RunConfig, *, resume: bool, start_from: Path | None) -> Path | None:
+    """Find and check what to continue from; refuse a directory that is not there for this. Nothing is changed."""
+    directory = RunDir(root)
+    if not resume or not directory.config.exists():
         check_free(root)
+    load = directory.latest_checkpoint() if resume else start_from and start_from.resolve()
     if load is not None:
         open_checkpoint(load, run)
-    run = with_data(run, say)
-    directory = open_existing(root, run) if resume else open_new(root, run)
-    say(f"run directory: {root}")
-    launch_local(directory.root, ranks, load)
-    return root
+    return load
 
 
 def with_data(run: RunConfig, say: Callable[[str], None]) -> RunConfig:

@@ -15,7 +15,11 @@ from mempar.runtime.run_dir import RunDir
 
 
 class Keeper:
-    """Saves one run on one rank; all ranks call its methods together."""
+    """Saves one run on one rank; all ranks call its methods together.
+
+    Attributes:
+        all_written: whether the checkpoint in the making waits for nothing but to be finished, equal on all ranks.
+    """
 
     def __init__(
         self,
@@ -39,12 +43,16 @@ class Keeper:
         self.run, self.world, self.directory = run, world, directory
         self.model, self.optimizers, self.say = model, optimizers, say
         self.pending: Save | None = None
+        self.all_written = False
         self._good_before = 0
 
-    @property
-    def has_written(self) -> bool:
-        """Whether there is a checkpoint that waits for nothing but the other ranks, as far as this rank knows."""
-        return self.pending is not None and self.pending.has_written
+    def wishes(self) -> list[float]:
+        """Say whether this rank has written its part of the checkpoint in the making; see ballots.py."""
+        return [float(self.pending is not None and self.pending.has_written)]
+
+    def settle(self, sums: list[float]) -> None:
+        """Learn whether all ranks have."""
+        self.all_written = sums == [float(self.world.size)]
 
     def save(self, meta: dict[str, Any], good_before: int) -> None:
         """Write a checkpoint, or begin to if saves are asynchronous; every rank must call it.
@@ -67,15 +75,18 @@ class Keeper:
         if not self.run.checkpoint.asynchronous:
             self.finish()
 
-    def finish(self) -> None:
+    def finish(self) -> Saved | None:
         """Wait for the checkpoint in the making, name it and drop the oldest; every rank must call it.
+
+        Returns:
+            What was saved; None when nothing was in the making.
 
         Raises:
             MemparError: on every rank, when it could not be written.
         """
         if self.pending is None:
-            return
-        pending, self.pending = self.pending, None
+            return None
+        pending, self.pending, self.all_written = self.pending, None, False
         try:
             saved = pending.finish()
         except MemparError as error:
@@ -83,6 +94,7 @@ class Keeper:
         if self.world.is_main:
             prune(self.directory.checkpoints, self.run.train.keep_checkpoints, self._good_before)
             self.say(_announcement(saved, self.run.checkpoint.asynchronous))
+        return saved
 
     def _with_last_good(self, error: MemparError) -> MemparError:
         whole = checkpoints_in(self.directory.checkpoints)
