@@ -17,7 +17,8 @@ from mempar.runtime import mcore
 from mempar.runtime.batch_plan import plan_batch
 from mempar.runtime.blend import Blend
 from mempar.runtime.config import RunConfig
-from mempar.runtime.tokenizer import ByteTokenizer
+from mempar.runtime.data_check import check_tokens
+from mempar.runtime.tokenizer import MegatronTokenizer, vocab_size
 
 
 class Samples:
@@ -33,17 +34,26 @@ class Samples:
             seed: of the shuffles.
         """
         self.seed = seed
+        self.paths = paths
         self.sets = [_one_pass(run, path, seed) for path in paths]
+        self._num_embeddings = run.model.vocab_size or vocab_size(run)
         self._blend = Blend(weights or tuple(len(data) for data in self.sets))
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Tokens `[seq_length + 1] int64` of sample `index`, any number from 0."""
+        """Tokens `[seq_length + 1] int64` of sample `index`, any number from 0.
+
+        Raises:
+            ConfigError: for a token beyond the vocabulary.
+        """
         which, ordinal = self._blend.locate(index)
         data = self.sets[which]
         epoch, place = divmod(ordinal, len(data))
         sample = data[int(self._order(which, epoch)[place])]
-        return np.concatenate([sample["tokens"].numpy(), sample["labels"][-1:].numpy()])
+        tokens = np.concatenate([sample["tokens"].numpy(), sample["labels"][-1:].numpy()])
+        # An embedding that is cut over ranks answers ids beyond it with zeros.
+        check_tokens(self.paths[which], tokens, self._num_embeddings)
+        return tokens
 
     def _order(self, which: int, epoch: int) -> np.ndarray:
         if (which, epoch) not in self._orders:
@@ -64,7 +74,7 @@ def _one_pass(run: RunConfig, path: str, seed: int) -> Any:
     config = mcore.GPTDatasetConfig(
         random_seed=seed,
         sequence_length=run.train.seq_length,
-        tokenizer=ByteTokenizer(),  # pyright: ignore[reportArgumentType]
+        tokenizer=MegatronTokenizer(name=run.data.tokenizer, vocab_size=vocab_size(run)),  # pyright: ignore[reportArgumentType]
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,

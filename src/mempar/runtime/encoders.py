@@ -75,6 +75,22 @@ def load_encoder(spec: TokenizerSpec) -> Encoder:
     return {"byte": ByteEncoder, "sentencepiece": SentencePieceEncoder, "tiktoken": TiktokenEncoder}[spec.kind](spec)
 
 
+def file_fingerprint(spec: TokenizerSpec) -> str | None:
+    """What the fingerprint of a tokenizer begins with, from its file alone; None where there is no file.
+
+    Raises:
+        ConfigError: for a file that is no .tiktoken file.
+    """
+    path = spec.path / "tokenizer.json" if spec.kind == "hf" and spec.path.is_dir() else spec.path
+    if spec.kind == "byte":
+        return str(spec)
+    if not path.is_file():
+        return None
+    if spec.kind == "tiktoken":
+        return _ranks_fingerprint(_split_name(spec), _read_ranks(spec))
+    return f"{spec.kind}:{xxhash.xxh3_128_hexdigest(path.read_bytes())}"
+
+
 class ByteEncoder:
     """UTF-8 bytes."""
 
@@ -128,13 +144,10 @@ class TiktokenEncoder:
 
     def __init__(self, spec: TokenizerSpec) -> None:
         library = spec.library("tiktoken")
-        name = spec.path.stem
         if spec.path.is_file():
-            ranks = _read_ranks(spec)
+            name, ranks = _split_name(spec), _read_ranks(spec)
             size = max(ranks.values()) + 1
             split, self.eod, self.vocab_size = _KNOWN_RANKS.get(name, (_CL100K_SPLIT, size, size + 1))
-            if name not in _KNOWN_RANKS:
-                name = "cl100k_base split"
             if self.eod in ranks.values() or size > self.vocab_size:
                 raise unusable(
                     spec, ValueError(f"{name} has {self.vocab_size} tokens and ends documents by {self.eod}")
@@ -148,8 +161,7 @@ class TiktokenEncoder:
             end = self._encoding._special_tokens.get(_END_OF_TEXT)
             self.eod, self.vocab_size = (size, size + 1) if end is None else (end, size)
             name = self._encoding.name
-        lines = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items()))
-        self.fingerprint = f"tiktoken:{name}:{xxhash.xxh3_128_hexdigest(lines)}"
+        self.fingerprint = _ranks_fingerprint(name, ranks)
         self.version = f"tiktoken {library.__version__}"
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -168,6 +180,15 @@ def unusable(spec: TokenizerSpec, error: Exception) -> ConfigError:
         f"the tokenizer {spec} cannot be loaded ({reason}); it must be a file of its kind, or a name that is known and "
         "that this machine can fetch or has in its cache; name the file of a whole tokenizer on this machine."
     )
+
+
+def _split_name(spec: TokenizerSpec) -> str:
+    return spec.path.stem if spec.path.stem in _KNOWN_RANKS else "split as cl100k_base"
+
+
+def _ranks_fingerprint(name: str, ranks: dict[bytes, int]) -> str:
+    lines = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items()))
+    return f"tiktoken:{name}:{xxhash.xxh3_128_hexdigest(lines)}"
 
 
 def _read_ranks(spec: TokenizerSpec) -> dict[bytes, int]:

@@ -79,19 +79,26 @@ def parse_spec(text: str, setting: str = "data.tokenizer") -> TokenizerSpec:
     return TokenizerSpec(kind, source)
 
 
-@dataclass(frozen=True)
-class ByteTokenizer:
-    """What Megatron's data sets ask of a tokenizer; byte tokens unless said otherwise."""
+@dataclass(frozen=True, kw_only=True)
+class MegatronTokenizer:
+    """What Megatron's data sets ask of a tokenizer; they read tokens, and need none of their meanings.
 
-    vocab_size: int = BYTE_VOCAB
-    eod: int = BYTE_VOCAB - 1
-    # Documents are packed, never padded: a number that no token has.
+    Attributes:
+        name: as in `data.tokenizer`.
+        vocab_size: number of tokens.
+    """
+
+    name: str
+    vocab_size: int
+    # Neither the end of a document nor padding is treated in a way of its own: numbers that no token has, and two of
+    # them, or Megatron warns that they collide.
+    eod: int = -2
     pad: int = -1
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
         """What distinguishes cached sample indices of different tokenizers."""
-        return {"class": "ByteTokenizer"}
+        return {"class": "MegatronTokenizer", "name": self.name}
 
     @property
     def special_tokens_dict(self) -> dict[str, int]:
