@@ -3,27 +3,23 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from mempar import __version__
 from mempar.errors import ConfigError, MemparError
-from mempar.runtime.data_manifest import DataManifest, FileSum, read_manifest
+from mempar.runtime.data_manifest import DataManifest, read_manifest
 from mempar.runtime.encoders import Encoder, load_encoder
 from mempar.runtime.tokenizer import parse_spec
 from mempar.tools.prepare import reading
 from mempar.tools.prepare.documents import check_unit
 from mempar.tools.prepare.encoding import Job, encode_all
-from mempar.tools.prepare.index import token_dtype
 from mempar.tools.prepare.inputs import Input, find_inputs
+from mempar.tools.prepare.manifest import command_of, describe
 from mempar.tools.prepare.partial import Partial, is_finished, occupied, partial_directory
 
-_NOT_YET = FileSum(num_bytes=0, xxh3_128="")
 _NUM_REASONS = 5
 
 
@@ -66,13 +62,13 @@ def prepare(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoder = load_encoder(spec)
     options = {"documents": unit, "field": field, "piece_bytes": reading.PIECE_BYTES}
-    wanted = _description(str(spec), encoder, sources, options)
+    wanted = describe(str(spec), encoder, [source.identity for source in sources], options)
     found = _present(prefix, wanted)
     if found is not None:
         say(f"{prefix} is up to date: {_summary(found)}")
         return found
     job = Job(spec=spec, unit=unit, field=field, dtype=wanted.dtype, skip_bad=skip_bad)
-    partial = Partial(prefix, _command(wanted), token_dtype(encoder.vocab_size))
+    partial = Partial(prefix, command_of(wanted), np.dtype(wanted.dtype))
     try:
         manifest = _work(partial, sources, job, encoder, num_workers, wanted, say)
     except OSError as error:
@@ -118,15 +114,7 @@ def _work(
             f"there are no tokens in {len(sources)} files ({done.empty} empty documents, {done.bad} bad ones); a data "
             "set needs some text; name other files, or another --field."
         )
-    return partial.finish(
-        replace(
-            wanted,
-            documents=done.documents,
-            tokens=done.tokens,
-            largest_token=done.largest_token,
-            skipped={"empty": done.empty, "bad": done.bad},
-        )
-    )
+    return partial.finish(wanted)
 
 
 def _encode(partial: Partial, sources: list[Input], job: Job, encoder: Encoder, num_workers: int) -> list[str]:
@@ -152,36 +140,6 @@ def _encode(partial: Partial, sources: list[Input], job: Job, encoder: Encoder, 
     return reasons
 
 
-def _description(tokenizer: str, encoder: Encoder, sources: list[Input], options: dict[str, Any]) -> DataManifest:
-    """The manifest, as far as it is known before anything is read."""
-    libraries = {name: metadata.version(name) for name in ("numpy", "xxhash")}
-    return DataManifest(
-        tokenizer=tokenizer,
-        fingerprint=encoder.fingerprint,
-        vocab_size=encoder.vocab_size,
-        eod=encoder.eod,
-        dtype=token_dtype(encoder.vocab_size).name,
-        documents=0,
-        tokens=0,
-        largest_token=-1,
-        bin=_NOT_YET,
-        idx=_NOT_YET,
-        inputs=[source.identity for source in sources],
-        options=options,
-        versions={"mempar": __version__, "tokenizer": encoder.version, **libraries},
-    )
-
-
-def _command(manifest: DataManifest) -> dict[str, Any]:
-    """What makes a command the same as another."""
-    return {
-        "tokenizer": manifest.fingerprint,
-        "inputs": manifest.inputs,
-        "options": manifest.options,
-        "versions": {name: manifest.versions[name] for name in ("mempar", "tokenizer")},
-    }
-
-
 def _present(prefix: Path, wanted: DataManifest) -> DataManifest | None:
     """Return the manifest of a result that is there and is the one wanted; refuse any other file in its place."""
     there, directory = occupied(prefix), partial_directory(prefix)
@@ -190,7 +148,7 @@ def _present(prefix: Path, wanted: DataManifest) -> DataManifest | None:
     found = read_manifest(prefix)
     differing = ["nothing describes it"]
     if found is not None:
-        now, before = ({**_command(one), "versions": None} for one in (wanted, found))
+        now, before = ({**command_of(one), "versions": None} for one in (wanted, found))
         differing = [f"other {name}" for name in now if now[name] != before[name]]
         differing += [
             f"{prefix}.{suffix} has not the size it had"

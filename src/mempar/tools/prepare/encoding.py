@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ class BatchEncoder:
                 place = f"{segment.path}, line {document.line}"
                 self._refuse(place, document)
                 bad.append(f"{place}: {document.wrong}")
-        return self._joined(documents, self._encoder.encode([one.text for one in documents]), bad)
+        return encode_documents(documents, self._encoder, np.dtype(self._job.dtype), tuple(bad))
 
     def _refuse(self, place: str, document: Document) -> None:
         if not self._job.skip_bad:
@@ -102,25 +102,36 @@ class BatchEncoder:
                 "beginning has been written; mend it, leave the file out, or choose other --documents."
             )
 
-    def _joined(self, documents: list[Document], encoded: Iterable, bad: list[str]) -> Encoded:
-        end = np.array([self._encoder.eod], dtype=self._job.dtype)
-        parts, lengths, ends, empty = [], [], [], 0
-        for document, ids in zip(documents, encoded, strict=True):
-            if document.whole and not len(ids):
-                empty += 1
-                continue
-            parts.append(np.asarray(ids, dtype=self._job.dtype))
-            if document.ends:
-                parts.append(end)
-            lengths.append(len(ids) + document.ends)
-            ends.append(document.ends)
-        return Encoded(
-            tokens=np.concatenate(parts) if parts else end[:0],
-            lengths=np.array(lengths, dtype=np.int64),
-            ends=np.array(ends, dtype=np.bool_),
-            empty=empty,
-            bad=tuple(bad),
-        )
+
+def encode_documents(
+    documents: list[Document], encoder: Encoder, dtype: np.dtype, bad: tuple[str, ...] = ()
+) -> Encoded:
+    """Encode documents, none of which is bad, and close those that end.
+
+    Args:
+        documents: in order.
+        encoder: the tokenizer.
+        dtype: of the tokens.
+        bad: places and reasons of those that were left out.
+    """
+    end = np.array([encoder.eod], dtype=dtype)
+    parts, lengths, ends, empty = [], [], [], 0
+    for document, ids in zip(documents, encoder.encode([one.text for one in documents]), strict=True):
+        if document.whole and not len(ids):
+            empty += 1
+            continue
+        parts.append(np.asarray(ids, dtype=dtype))
+        if document.ends:
+            parts.append(end)
+        lengths.append(len(ids) + document.ends)
+        ends.append(document.ends)
+    return Encoded(
+        tokens=np.concatenate(parts) if parts else end[:0],
+        lengths=np.array(lengths, dtype=np.int64),
+        ends=np.array(ends, dtype=np.bool_),
+        empty=empty,
+        bad=bad,
+    )
 
 
 def encode_all(
@@ -159,7 +170,7 @@ def encode_all(
             "use fewer --workers, and call the same command again to go on."
         ) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def _next(waiting: deque[tuple[Batch, Future[Encoded]]]) -> tuple[Batch, Encoded]:

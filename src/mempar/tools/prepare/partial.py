@@ -132,12 +132,20 @@ class Partial:
         self._write("journal", json.dumps(asdict(self.done)).encode() + b"\n")
 
     def finish(self, manifest: DataManifest) -> DataManifest:
-        """Write the index, complete the manifest with sizes and checksums, and rename all into place."""
+        """Write the index, complete the manifest with counts and checksums, and rename all into place."""
         for stream in self._streams.values():
             os.fsync(stream.fileno())
         index = write_index(self.directory / "idx", self.directory / "lengths", self.dtype, self.done.documents)
         num_bytes = self.done.tokens * self.dtype.itemsize
-        manifest = replace(manifest, idx=index, bin=FileSum(num_bytes=num_bytes, xxh3_128=self._checksum.hexdigest()))
+        manifest = replace(
+            manifest,
+            documents=self.done.documents,
+            tokens=self.done.tokens,
+            largest_token=self.done.largest_token,
+            skipped={"empty": self.done.empty, "bad": self.done.bad},
+            bin=FileSum(num_bytes=num_bytes, xxh3_128=self._checksum.hexdigest()),
+            idx=index,
+        )
         with (self.directory / "json").open("w") as stream:
             stream.write(manifest.to_json())
             stream.flush()
