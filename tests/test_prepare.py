@@ -24,7 +24,10 @@ from mempar.runtime.mcore import IndexedDataset
 from mempar.runtime.tokenizer import parse_spec
 from mempar.tools.prepare import parquet, reading
 from mempar.tools.prepare.command import prepare
+from mempar.tools.prepare.encoding import Job, encode_all
 from mempar.tools.prepare.index import token_dtype
+from mempar.tools.prepare.inputs import find_inputs
+from mempar.tools.prepare.segments import Position
 from toy_tokenizers import AWKWARD, all_specs
 
 COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.ZstdCompressor().compress}
@@ -173,6 +176,18 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, specs: lis
         run([*sources, tmp_path / "long.txt"], tmp_path / str(workers), specs[1], workers)
     for suffix in ("bin", "idx", "json"):
         assert len({(tmp_path / f"{workers}.{suffix}").read_bytes() for workers in (1, 2, 3)}) == 1
+
+
+def test_no_more_than_a_few_batches_are_read_ahead(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", ["text " * 30] * 200)
+    batches = list(reading.read_batches(find_inputs([str(source)]), Position(), unit="file", field="text"))
+    assert len(batches) > 40
+    job = Job(spec=parse_spec("byte"), unit="file", field="text", dtype="uint16", skip_bad=False)
+    for workers, most in ((1, 1), (2, 6)):
+        taken: list[Any] = []
+        ahead = (taken.append(batch) or batch for batch in batches)
+        for done, (batch, _) in enumerate(encode_all(ahead, job, load_encoder(job.spec), workers)):
+            assert batch is batches[done] and len(taken) - done <= most
 
 
 def test_directories_are_read_in_the_order_of_their_paths(tmp_path: Path) -> None:

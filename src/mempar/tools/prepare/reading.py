@@ -29,7 +29,7 @@ _BLANK_LINE = re.compile(rb"\n(?:\r?\n)+")
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Segments that are encoded together.
+    """Segments that are encoded together, of half of `BATCH_BYTES` at least but for the last.
 
     Attributes:
         segments: in order.
@@ -64,11 +64,11 @@ def read_batches(inputs: list[Input], start: Position, *, unit: str, field: str)
         for segment, after, num_bytes_read in reader:
             segments.append(segment)
             num_bytes += segment.num_bytes
-            if num_bytes >= BATCH_BYTES:
+            if num_bytes >= BATCH_BYTES // 2:
                 yield Batch(segments=tuple(segments), after=after, num_bytes_read=done + num_bytes_read)
                 segments, num_bytes = [], 0
         done += source.num_bytes
-        if segments and (num_bytes >= BATCH_BYTES or number == len(inputs) - 1):
+        if segments and (num_bytes >= BATCH_BYTES // 2 or number == len(inputs) - 1):
             yield Batch(segments=tuple(segments), after=Position(file=number + 1), num_bytes_read=done)
             segments, num_bytes = [], 0
 
