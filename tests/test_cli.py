@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mempar import cli
+from toy_tokenizers import byte_level
 
 TINY = [
     "model.num_layers=4", "model.hidden_size=32", "model.ffn_hidden_size=64", "memory.layers=[1,3]",
@@ -45,6 +46,9 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["train", "/nowhere.yaml"], "does not exist"),
         (["train", "nowhere:recipe"], "cannot be imported"),
         (["recipes", "smok"], "did you mean smoke"),
+        (["train", "smoke", "data.tokenizer=gpt2"], "the tokenizers are: byte, hf:PATH_OR_NAME, sentencepiece:FILE"),
+        (["prepare", "/nowhere", "--tokenizer", "byte", "--out", "x"], "/nowhere does not exist"),
+        (["prepare", "/", "--tokenizer", "gpt2", "--out", "x"], "--tokenizer=gpt2 is not known"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -133,3 +137,22 @@ def test_experts_train_and_are_continued_on_other_ranks(cache: str, tmp_path: Pa
     rows = {name: rows_of(tmp_path / name) for name in ("two", "branch")}
     ended, begun = rows["two"][-1]["heldout_loss"], rows["branch"][0]["heldout_loss"]
     assert begun == pytest.approx(ended, rel=1e-6)
+
+
+def test_blend_of_prepared_data_trains_and_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    tokenizer = f"hf:{byte_level(tmp_path / 'hf')}"
+    for name, repeats in (("a", 400), ("b", 50)):
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}, the memory and the rows of the table\n" * repeats)
+        made = mempar("prepare", f"{tmp_path}/{name}.txt", "--tokenizer", tokenizer, "--out", f"{tmp_path}/{name}")
+        assert made.returncode == 0, made.stderr
+        assert f"tokens of {tokenizer} (vocabulary 300, end of document 0), uint16" in made.stdout
+    data = [
+        "data.corpus=", f"data.paths=[{tmp_path}/a,{tmp_path}/b]", "data.weights=[0.25,0.75]",
+        f"data.heldout_paths=[{tmp_path}/b]", f"data.tokenizer={tokenizer}",
+    ]  # fmt: skip
+    whole = mempar("train", "smoke", *TINY, *data, "train.steps=3", "--out", f"{tmp_path}/whole")
+    assert whole.returncode == 0, whole.stderr
+    assert all(row["loss"] < 7 for row in rows_of(tmp_path / "whole") if "loss" in row)
+    refused = mempar("train", "smoke", *TINY, *data[:-1], "--out", f"{tmp_path}/refused")
+    assert refused.returncode == 2 and "was prepared with hf:" in refused.stderr
+    assert not (tmp_path / "refused").exists()

@@ -12,15 +12,19 @@ import torch
 from torch import nn
 
 from mempar.errors import ConfigError
-from mempar.runtime.config import DataConfig, RunConfig, TrainConfig
+from mempar.runtime.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from mempar.runtime.data import Batch, Samples, context_share, micro_batches
 from mempar.runtime.logical import LogicalParameter, initial_value, logical_parameters
 from mempar.runtime.mcore import IndexedDatasetBuilder, parallel_state
 from mempar.runtime.preflight import check_data
-from mempar.runtime.tokenizer import BYTE_VOCAB, ByteTokenizer, vocab_size
+from mempar.runtime.tokenizer import BYTE_VOCAB, vocab_size
 
 LENGTH = 8
-RUN = RunConfig(train=TrainConfig(seq_length=LENGTH, global_batch_size=24, micro_batch_size=2))
+# Tokens say where they came from, in numbers up to 20100.
+RUN = RunConfig(
+    model=ModelConfig(vocab_size=20200), train=TrainConfig(seq_length=LENGTH, global_batch_size=24, micro_batch_size=2)
+)
+END = BYTE_VOCAB - 1
 CPU = torch.device("cpu")
 
 
@@ -86,7 +90,7 @@ def test_samples_are_consecutive_pieces_of_the_shuffled_documents(prefix: str) -
 
 
 def test_samples_keep_every_byte_and_the_end_of_document(tmp_path: Path) -> None:
-    text = [*range(256), ByteTokenizer().eod, *range(255, -1, -1), ByteTokenizer().eod]
+    text = [*range(256), END, *range(255, -1, -1), END]
     samples = Samples(
         replace(RUN, train=TrainConfig(seq_length=len(text) - 1)), (write(tmp_path / "x", [[text]]),), (), 1
     )

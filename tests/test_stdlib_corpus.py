@@ -15,20 +15,25 @@ import numpy as np
 import pytest
 
 from mempar.errors import ConfigError
+from mempar.runtime.data_manifest import read_manifest
 from mempar.runtime.mcore import IndexedDataset
 from mempar.tools import stdlib_corpus
 
-# All byte values, a text that is long, and one (named as held out) that training has too.
+# Controls and accents, a text that is long, and one (named as held out) that training has too.
 _COPIED = b"the same text in training and held-out " * 3
+
+
+def _some_text(rng: np.random.Generator) -> bytes:
+    return rng.bytes(int(rng.integers(64, 4000))).decode("latin-1").encode()
 
 
 def _some_documents() -> Iterator[tuple[str, bytes]]:
     rng = np.random.default_rng(0)
     names = [f"stdlib/{index}.py" for index in range(300)]
     heldout_name = next(name for name in names if stdlib_corpus.is_heldout(name))
-    yield "stdlib/all_bytes", bytes(range(256))
+    yield "stdlib/all_characters", bytes(range(256)).decode("latin-1").encode()
     for name in names:
-        yield name, _COPIED if name == heldout_name else rng.bytes(int(rng.integers(64, 5000)))
+        yield name, _COPIED if name == heldout_name else _some_text(rng)
     yield "topics/copied", _COPIED
 
 
@@ -121,7 +126,10 @@ def test_build_returns_every_byte_through_megatron(tmp_path: Path) -> None:
             assert tokens[-1] == corpus.eod_token == corpus.vocab_size - 1
             assert tokens[:-1].astype(np.uint8).tobytes() == text
             assert tokens[:-1].max() < 256
-        assert sum(map(len, sequences)) == num_tokens
+        manifest = read_manifest(prefix)
+        assert manifest is not None
+        assert sum(map(len, sequences)) == num_tokens == manifest.tokens
+        assert (manifest.documents, manifest.tokenizer) == (len(sequences), "byte")
 
 
 @pytest.mark.usefixtures("small_corpus")

@@ -1,7 +1,7 @@
 """Tokens: Megatron's indexed files, mixed and shuffled so that position is one number.
 
-Sample i of a run is a pure function of (i, seed, data): which data set it comes from follows
-Megatron's blending rule, and every pass over a data set has its own shuffle. Nothing depends on the
+Sample i of a run is a pure function of (i, seed, data): which data set it comes from is a closed form
+(`blend.py`), and every pass over a data set has its own shuffle. Nothing depends on the
 number of steps or on the data-parallel size, so a resumed or lengthened run sees the same samples.
 """
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from mempar.errors import ConfigError
 from mempar.runtime import mcore
 from mempar.runtime.batch_plan import plan_batch
+from mempar.runtime.blend import Blend
 from mempar.runtime.config import RunConfig
-from mempar.runtime.tokenizer import ByteTokenizer
+from mempar.runtime.data_check import check_tokens
+from mempar.runtime.tokenizer import MegatronTokenizer, vocab_size
 
 
 class Samples:
@@ -32,46 +34,32 @@ class Samples:
             seed: of the shuffles.
         """
         self.seed = seed
+        self.paths = paths
         self.sets = [_one_pass(run, path, seed) for path in paths]
-        sizes = np.array([len(data) for data in self.sets], dtype=np.float64)
-        share = np.array(weights, dtype=np.float64) if weights else sizes
-        self.share = share / share.sum()
+        self._num_embeddings = run.model.vocab_size or vocab_size(run)
+        self._blend = Blend(weights or tuple(len(data) for data in self.sets))
         self._orders: dict[tuple[int, int], np.ndarray] = {}
-        self._chosen = np.zeros(0, dtype=np.int64)
-        self._ordinal = np.zeros(0, dtype=np.int64)
-        self._taken = np.zeros(len(self.sets))
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Tokens `[seq_length + 1] int64` of sample `index`, any number from 0."""
-        if len(self.sets) == 1:
-            which, ordinal = 0, index
-        else:
-            self._blend_up_to(index + 1)
-            which, ordinal = int(self._chosen[index]), int(self._ordinal[index])
+        """Tokens `[seq_length + 1] int64` of sample `index`, any number from 0.
+
+        Raises:
+            ConfigError: for a token beyond the vocabulary.
+        """
+        which, ordinal = self._blend.locate(index)
         data = self.sets[which]
         epoch, place = divmod(ordinal, len(data))
         sample = data[int(self._order(which, epoch)[place])]
-        return np.concatenate([sample["tokens"].numpy(), sample["labels"][-1:].numpy()])
+        tokens = np.concatenate([sample["tokens"].numpy(), sample["labels"][-1:].numpy()])
+        # An embedding that is cut over ranks answers ids beyond it with zeros.
+        check_tokens(self.paths[which], tokens, self._num_embeddings)
+        return tokens
 
     def _order(self, which: int, epoch: int) -> np.ndarray:
         if (which, epoch) not in self._orders:
             shuffle = np.random.default_rng([self.seed, which, epoch])
             self._orders[which, epoch] = shuffle.permutation(len(self.sets[which]))
         return self._orders[which, epoch]
-
-    def _blend_up_to(self, count: int) -> None:
-        """Extend the choice of data sets: each sample comes from the one that lags most behind its share."""
-        if len(self._chosen) >= count:
-            return
-        grown = max(count, 2 * len(self._chosen), 1024)
-        chosen, ordinal = np.empty(grown, dtype=np.int64), np.empty(grown, dtype=np.int64)
-        done = len(self._chosen)
-        chosen[:done], ordinal[:done] = self._chosen, self._ordinal
-        for index in range(done, grown):
-            which = int(np.argmax(self.share * (index + 1) - self._taken))
-            chosen[index], ordinal[index] = which, self._taken[which]
-            self._taken[which] += 1
-        self._chosen, self._ordinal = chosen, ordinal
 
 
 def _one_pass(run: RunConfig, path: str, seed: int) -> Any:
@@ -86,7 +74,7 @@ def _one_pass(run: RunConfig, path: str, seed: int) -> Any:
     config = mcore.GPTDatasetConfig(
         random_seed=seed,
         sequence_length=run.train.seq_length,
-        tokenizer=ByteTokenizer(),  # pyright: ignore[reportArgumentType]
+        tokenizer=MegatronTokenizer(name=run.data.tokenizer, vocab_size=vocab_size(run)),  # pyright: ignore[reportArgumentType]
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,

@@ -9,6 +9,7 @@ import numpy as np
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
 from mempar.runtime.data import Samples, micro_batches
+from mempar.runtime.data_manifest import read_index
 from mempar.runtime.model import Model
 from mempar.runtime.step import Stepper
 from mempar.runtime.tokenizer import vocab_size
@@ -58,5 +59,4 @@ class Heldout:
 
 
 def _flat_tokens(path: str) -> np.ndarray:
-    # Vocabularies small enough for trigram counts are stored as uint16.
-    return np.fromfile(Path(path + ".bin"), dtype=np.uint16)
+    return np.fromfile(Path(path + ".bin"), dtype=read_index(path).dtype)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from mempar.errors import ConfigError
 from mempar.runtime.config import RunConfig
+from mempar.runtime.data_check import check_files
 from mempar.runtime.placement import place, resolve
-from mempar.runtime.tokenizer import vocab_size
+from mempar.runtime.tokenizer import parse_spec
 
 
 def check_layout(run: RunConfig, num_ranks: int) -> RunConfig:
@@ -32,17 +33,17 @@ def check_layout(run: RunConfig, num_ranks: int) -> RunConfig:
 
 
 def check_data(run: RunConfig) -> None:
-    """Refuse data that is not there, and tokenizers that do not fit.
+    """Refuse data that is not there, or not what the run takes it for.
 
     Raises:
-        ConfigError: naming the missing file and how to make it.
+        ConfigError: naming the missing file and how to make it, or what does not fit.
     """
-    vocab_size(run)
+    parse_spec(run.data.tokenizer)
     if not run.data.paths:
         raise ConfigError(
             "data.paths is empty; a run needs at least one Megatron .bin/.idx pair; make one with "
-            "`mempar prepare INPUT... --tokenizer byte --out PREFIX` and set data.paths=[PREFIX], or set "
-            "data.corpus=stdlib."
+            f"`mempar prepare INPUT... --tokenizer {run.data.tokenizer} --out PREFIX` and set "
+            "data.paths=[PREFIX], or set data.corpus=stdlib."
         )
     for path in (*run.data.paths, *run.data.heldout_paths):
         for suffix in (".bin", ".idx"):
@@ -52,6 +53,7 @@ def check_data(run: RunConfig) -> None:
                     f"their suffix; make them with `mempar prepare INPUT... --tokenizer {run.data.tokenizer} "
                     f"--out {path}`."
                 )
+    check_files(run)
     if run.train.heldout_samples and not run.data.heldout_paths:
         raise ConfigError(
             f"train.heldout_samples={run.train.heldout_samples} with no data.heldout_paths; a held-out loss needs "

@@ -180,7 +180,8 @@ class DataConfig:
         paths: prefixes of Megatron .bin/.idx pairs.
         weights: share of each path in the mix; by default in proportion to their tokens.
         heldout_paths: prefixes that are only evaluated.
-        tokenizer: `byte` (256 bytes and an end-of-document token).
+        tokenizer: `byte` (256 bytes and an end-of-document token), `hf:PATH_OR_NAME`, `sentencepiece:FILE` or
+            `tiktoken:NAME_OR_FILE`, as the data were prepared with.
         cache: directory for built-in corpora.
         trigram_baseline: print the loss of trigram counts beside the held-out loss (small vocabularies).
     """

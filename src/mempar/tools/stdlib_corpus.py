@@ -27,14 +27,21 @@ from pathlib import Path
 import numpy as np
 
 from mempar.errors import ConfigError
+from mempar.runtime.encoders import load_encoder
+from mempar.runtime.tokenizer import parse_spec
+from mempar.tools.prepare.documents import Document
+from mempar.tools.prepare.encoding import encode_documents
+from mempar.tools.prepare.manifest import command_of, describe
+from mempar.tools.prepare.partial import Partial
+from mempar.tools.prepare.segments import Position
 
 # Raise it whenever documents(), is_heldout() or the layout of the files changes: older corpora are then built again.
-CORPUS_FORMAT_VERSION = 1
+CORPUS_FORMAT_VERSION = 2
 VOCAB_SIZE = 257
 EOD_TOKEN = 256
 MIN_DOCUMENT_BYTES = 64
 
-_FILE_NAMES = ("train.bin", "train.idx", "heldout.bin", "heldout.idx")
+_FILE_NAMES = ("train.bin", "train.idx", "train.json", "heldout.bin", "heldout.idx", "heldout.json")
 _MANIFEST_NAME = "manifest.json"
 _HELDOUT_ONE_IN = 50
 _CODE_POINTS_PER_BLOCK = 256
@@ -86,8 +93,9 @@ def build(directory: Path, report: Callable[[str], None] = print) -> Corpus:
     A corpus of another Python or format version is replaced, so no process should be reading it.
 
     Args:
-        directory: receives train.bin, train.idx, heldout.bin, heldout.idx (uint16 tokens, one document a sequence,
-            each closed by `EOD_TOKEN`) and manifest.json. Parents are made.
+        directory: receives train and heldout as .bin and .idx (uint16 tokens, one document a sequence, each closed by
+            `EOD_TOKEN`) with .json beside them, as `mempar prepare` writes them, and manifest.json of all. Parents are
+            made.
         report: called with one line of text for each thing worth telling.
 
     Returns:
@@ -177,7 +185,7 @@ def _split(named_texts: Iterable[tuple[str, bytes]]) -> tuple[list[tuple[str, by
 
 
 def _write(directory: Path, report: Callable[[str], None]) -> dict[str, int]:
-    """Write all five files and return the number of tokens of each split."""
+    """Write all files and return the number of tokens of each split."""
     splits = dict(zip(("train", "heldout"), _split(documents()), strict=True))
     manifest: dict = {**_identity(), "tokens": {}, "num_bytes_by_kind": {}}
     for split, named_texts in splits.items():
@@ -199,24 +207,17 @@ def _write(directory: Path, report: Callable[[str], None]) -> dict[str, int]:
 
 
 def _write_tokens(prefix: Path, texts: list[bytes]) -> int:
-    """Write `prefix`.bin and .idx and return the number of tokens, end-of-document tokens included."""
-    # Here, not above: the texts are of use without Megatron, and a corpus that is up to date needs neither.
-    import torch
-
-    from mempar.runtime.mcore import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    num_tokens = 0
-    for text in texts:
-        # int16, which every torch can hold and every token fits in; the builder turns it into uint16.
-        tokens = np.empty(len(text) + 1, dtype=np.int16)  # [bytes + 1] int16
-        tokens[:-1] = np.frombuffer(text, dtype=np.uint8)
-        tokens[-1] = EOD_TOKEN
-        builder.add_item(torch.from_numpy(tokens))
-        builder.end_document()
-        num_tokens += tokens.size
-    builder.finalize(f"{prefix}.idx")
-    return num_tokens
+    """Write `prefix`.bin, .idx and .json and return the number of tokens, end-of-document tokens included."""
+    spec = parse_spec("byte")
+    encoder = load_encoder(spec)
+    wanted = describe(str(spec), encoder, [], {"corpus": "stdlib"})
+    partial = Partial(prefix, command_of(wanted), np.dtype(wanted.dtype))
+    try:
+        documents = [Document(line=1, text=text.decode()) for text in texts]
+        partial.add(encode_documents(documents, encoder, partial.dtype), Position(), 0)
+        return partial.finish(wanted).tokens
+    finally:
+        partial.close()
 
 
 def _identity() -> dict[str, int | str]:

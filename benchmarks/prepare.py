@@ -1,0 +1,140 @@
+"""Speed of `mempar prepare` with one worker and with several, in MB of text a second.
+
+    python benchmarks/prepare.py [--workers 2] [--rounds 5] [--megabytes 48] [--out benchmarks/results/prepare-cpu.json]
+
+The text is the built-in corpus (documentation, sources and character names of Python) as JSON lines, plain and
+compressed, repeated to the size asked for, without a tokenizer to fetch: a byte-level BPE of 8192 tokens
+(`tokenizers`) and a SentencePiece BPE of 4096 are trained on a tenth of it, and the ranks of the first serve
+tiktoken. Both sides alternate in one run, each writes afresh, and the ratio is of medians. Starting the workers is part
+of the time. What the one process that reads and writes costs is given in processor seconds a GB: its inverse limits the
+speed of any number of workers. The files of both sides are compared byte by byte. Exits with 1 when a tokenizer gains
+less than 1.6.
+"""
+
+import argparse
+import base64
+import gzip
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mempar.tools.prepare.command import prepare
+from mempar.tools.stdlib_corpus import documents
+
+LEAST_SPEEDUP = 1.6
+LIBRARIES = ("tokenizers", "sentencepiece", "tiktoken", "numpy")
+
+
+def make_tokenizers(folder: Path, texts: list[str]) -> dict[str, str]:
+    """Train one tokenizer of every kind; returns their names for --tokenizer."""
+    import sentencepiece
+    import tokenizers
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=8192, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    bpe.save(str(folder / "tokenizer.json"))
+    # The alphabet of a byte-level BPE spells bytes as letters, printable ones as themselves.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {chr(byte): byte for byte in plain}
+    letters |= {chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(plain)))}
+    ranks = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+    lines = [b"%s %d\n" % (base64.b64encode(bytes(letters[one] for one in token)), rank) for token, rank in ranks]
+    (folder / "bpe.tiktoken").write_bytes(b"".join(lines))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in texts for line in text.splitlines() if line),
+        model_writer=model,
+        vocab_size=4096,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        input_sentence_size=20000,
+        minloglevel=3,
+    )
+    (folder / "sp.model").write_bytes(model.getvalue())
+    return {
+        "hf": f"hf:{folder / 'tokenizer.json'}",
+        "sentencepiece": f"sentencepiece:{folder / 'sp.model'}",
+        "tiktoken": f"tiktoken:{folder / 'bpe.tiktoken'}",
+        "byte": "byte",
+    }
+
+
+def seconds_of(source: Path, tokenizer: str, out: Path, workers: int) -> tuple[float, float]:
+    """Time of one preparation, from nothing, and the processor time of this process."""
+    for path in out.parent.glob(f"{out.name}.*"):
+        path.unlink()
+    start, spent = time.perf_counter(), time.process_time()
+    prepare([str(source)], tokenizer=tokenizer, out=out, workers=workers, say=lambda _: None)
+    return time.perf_counter() - start, time.process_time() - spent
+
+
+def compare(source: Path, num_bytes: int, tokenizer: str, workers: int, rounds: int) -> dict[str, Any]:
+    """Alternate one worker and several, and compare what they write."""
+    outs = {1: source.parent / "one", workers: source.parent / "several"}
+    rows: dict[int, list[float]] = {number: [] for number in outs}
+    reading: list[float] = []
+    for _ in range(rounds):
+        for number, out in outs.items():
+            seconds, spent = seconds_of(source, tokenizer, out, number)
+            rows[number].append(seconds)
+            if number > 1:
+                reading.append(spent)
+    for suffix in ("bin", "idx"):
+        one, several = (Path(f"{out}.{suffix}").read_bytes() for out in outs.values())
+        assert one == several, f"{suffix} depends on the number of workers"
+    medians = {number: statistics.median(seconds) for number, seconds in rows.items()}
+    return {
+        "mb_per_s": {f"{number}_workers": num_bytes / 1e6 / seconds for number, seconds in medians.items()},
+        "seconds": {f"{number}_workers": sorted(seconds) for number, seconds in rows.items()},
+        "reading_and_writing_s_per_gb": statistics.median(reading) / num_bytes * 1e9,
+        "speedup": medians[1] / medians[workers],
+    }
+
+
+def main() -> int:
+    """Measure, print, save; 1 when more workers gain too little."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--megabytes", type=int, default=48, help="text to prepare; the byte tokenizer gets 8 times that"
+    )
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [text.decode() for _, text in documents()]
+        names = make_tokenizers(Path(folder), texts[::10])
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        for name, tokenizer in [*names.items(), ("hf, gzip", names["hf"])]:
+            content = lines * max(1, round(arguments.megabytes * (8 if name == "byte" else 1) * 1e6 / len(lines)))
+            source = Path(folder) / ("x.jsonl.gz" if "gzip" in name else "x.jsonl")
+            source.write_bytes(gzip.compress(content, 6) if "gzip" in name else content)
+            found = compare(source, len(content), tokenizer, arguments.workers, arguments.rounds)
+            figures[name] = {"megabytes": len(content) / 1e6, **found}
+            speeds = ", ".join(f"{speed:.1f} MB/s with {one}" for one, speed in found["mb_per_s"].items())
+            print(f"{name}: {speeds}: {found['speedup']:.2f} times as fast", flush=True)
+    if arguments.out:
+        # Not above: workers import this file, and it brings torch.
+        from engine import describe_machine
+
+        versions = {library: metadata.version(library) for library in LIBRARIES}
+        machine = {**describe_machine(), **versions, "cores": len(os.sched_getaffinity(0))}
+        arguments.out.write_text(json.dumps({**machine, **figures}, indent=1) + "\n")
+    # Bytes need no work worth sharing; they are shown for the speed of reading and writing.
+    return int(any(found["speedup"] < LEAST_SPEEDUP for name, found in figures.items() if name != "byte"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
