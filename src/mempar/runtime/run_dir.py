@@ -35,7 +35,8 @@ _IDENTITY: Compared = {
     "moe": None,
     "optim": None,
     "train": ("seed", "global_batch_size", "seq_length", "dtype"),
-    "data": ("corpus", "paths", "weights", "tokenizer"),
+    # Where data lie may change; what is in them says the checkpoint (see checkpoint/accept.py).
+    "data": ("corpus", "weights", "tokenizer"),
 }
 # How a run is computed, not what: may change when it is continued, as the parallel layout may.
 _FREE = ("merge_duplicates",)

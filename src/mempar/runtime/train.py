@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from mempar.runtime.bringup import World
-from mempar.runtime.checkpoint.accept import open_checkpoint
+from mempar.runtime.checkpoint.accept import DATA, open_checkpoint
 from mempar.runtime.checkpoint.keeper import Keeper
 from mempar.runtime.checkpoint.loading import HISTORY_SINCE, load_checkpoint
 from mempar.runtime.config import RunConfig
 from mempar.runtime.copies import check_copies
 from mempar.runtime.data import Samples, micro_batches
+from mempar.runtime.data_check import data_identity, identity_differences
 from mempar.runtime.heartbeat import Heartbeat, Phase
 from mempar.runtime.heldout import Heldout
 from mempar.runtime.layout_report import write_layout
@@ -56,6 +57,7 @@ class Trainer:
         self.optimizers = Optimizers(run, world, self.model)
         self.stepper = Stepper(run, world, self.model, self.optimizers, self.stopping, self.heartbeat)
         self.progress = Progress()
+        self.data = data_identity(run)
         self.samples = Samples(run, run.data.paths, run.data.weights, run.train.seed)
         self.heldout = Heldout(run, world, self.stepper, self.model) if run.train.heldout_samples else None
         since: dict[str, int] = dict.fromkeys(run.memories, 0)
@@ -64,8 +66,7 @@ class Trainer:
             load_checkpoint(manifest, world, self.model, self.optimizers)
             self.progress.restore(manifest.progress)
             if load.parent != directory.checkpoints:
-                # A new run has not gone back yet.
-                self.progress.rollbacks = 0
+                self._begin_anew(manifest.about.get(DATA, {}))
             # A history that was not saved begins here.
             since = dict.fromkeys(run.memories, self.progress.step) | manifest.about.get(HISTORY_SINCE, {})
         self.usage = UsageMonitor(run, world, self.model, self.optimizers, since)
@@ -80,6 +81,14 @@ class Trainer:
             self.terminal = Terminal(
                 total_steps=run.train.steps, first_step=self.progress.step, interval=run.train.log_interval
             )
+
+    def _begin_anew(self, data_before: dict[str, Any]) -> None:
+        """Keep of another run's progress what a new run goes on with."""
+        # It has not gone back yet.
+        self.progress.rollbacks = 0
+        if identity_differences(data_before, self.data):
+            # A position in other data.
+            self.progress.samples = 0
 
     def train(self) -> None:
         """Run to the last step, saving and evaluating on the way; or until the ranks agree to stop."""
@@ -127,7 +136,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the present step and drop the oldest; every rank must call it."""
-        meta = {"progress": self.progress.meta(), HISTORY_SINCE: self.usage.since}
+        meta = {"progress": self.progress.meta(), HISTORY_SINCE: self.usage.since, DATA: self.data}
         self.keeper.save(meta, self.watch.good_before)
 
     def _step(self) -> None:

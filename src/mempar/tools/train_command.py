@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mempar.errors import ConfigError
 from mempar.recipes import find_recipe
-from mempar.runtime.checkpoint.accept import open_checkpoint
+from mempar.runtime.checkpoint.accept import check_same_data, open_checkpoint
+from mempar.runtime.checkpoint.manifest import Manifest
 from mempar.runtime.config import RunConfig
 from mempar.runtime.launch import launch_local
 from mempar.runtime.lock import RunLock
@@ -61,6 +62,8 @@ def train(
         with sigterm_raises():
             load = _checkpoint(root, run, resume=resume, start_from=start_from)
             run = with_data(run, say)
+            if resume and load is not None:
+                check_same_data(load, run)
             with RunLock(root, say):
                 directory = open_existing(root, run) if resume else open_new(root, run)
                 if resume:
@@ -68,22 +71,20 @@ def train(
                     load = _checkpoint(root, run, resume=True, start_from=None)
                 say(f"run directory: {root}")
                 started = True
-                launch_local(directory.root, ranks, load, say, launched=launched)
+                launch_local(directory.root, ranks, load and load.root, say, launched=launched)
     except Terminated:
         if not started:
             say("ended by SIGTERM before the ranks were started, with nothing new to save")
     return root
 
 
-def _checkpoint(root: Path, run: RunConfig, *, resume: bool, start_from: Path | None) -> Path | None:
+def _checkpoint(root: Path, run: RunConfig, *, resume: bool, start_from: Path | None) -> Manifest | None:
     """Find and check what to continue from; refuse a directory that is not there for this. Nothing is changed."""
     directory = RunDir(root)
     if not resume or not directory.config.exists():
         check_free(root)
     load = directory.latest_checkpoint() if resume else start_from and start_from.resolve()
-    if load is not None:
-        open_checkpoint(load, run)
-    return load
+    return load and open_checkpoint(load, run)
 
 
 def with_data(run: RunConfig, say: Callable[[str], None]) -> RunConfig:

@@ -5,9 +5,12 @@ from pathlib import Path
 from mempar.errors import CheckpointError, ConfigError
 from mempar.runtime.checkpoint.manifest import CONFIG, Manifest, checksum, damaged, read_manifest
 from mempar.runtime.config import RunConfig
+from mempar.runtime.data_check import data_identity, identity_differences
 from mempar.runtime.overrides import load_yaml
 from mempar.runtime.run_dir import Compared, differences
 
+# In a checkpoint's description: what was in the data of the run.
+DATA = "data"
 # What a checkpoint's tensors depend on.
 _SHAPES: Compared = {
     "model": None,
@@ -36,6 +39,20 @@ def open_checkpoint(checkpoint: Path, run: RunConfig) -> Manifest:
     manifest = read_manifest(checkpoint)
     check_config(checkpoint, read_config(manifest), run)
     return manifest
+
+
+def check_same_data(manifest: Manifest, run: RunConfig) -> None:
+    """Refuse to continue a run with other data, wherever they lie.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    differing = identity_differences(manifest.about.get(DATA, {}), data_identity(run))
+    if differing:
+        raise ConfigError(
+            f"{manifest.root} was written by a run on other data: {'; '.join(differing)}; --resume continues the same "
+            "data at the sample where the run stopped; give it those data, or start a new run with --from."
+        )
 
 
 def read_config(manifest: Manifest) -> RunConfig:
