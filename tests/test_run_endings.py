@@ -7,6 +7,7 @@ again and again, and continued every time.
 import dataclasses
 import datetime
 import os
+import random
 import re
 import signal
 import subprocess
@@ -311,3 +312,21 @@ def fail_in_a_collective(directory: str) -> str:
 
 def test_waiting_in_vain_is_no_fault_of_ones_own(pool: RankPool, tmp_path: Path) -> None:
     assert pool.run(2, fail_in_a_collective, str(tmp_path)) == ["collective", ""]
+
+
+@pytest.mark.soak
+def test_sigterm_at_any_moment_ends_the_run_well(
+    run_again: Callable[[], Running], tmp_path: Path, rng: random.Random
+) -> None:
+    for _ in range(12):
+        run = run_again()
+        # From the launcher's first imports to some hundred steps; the interpreter's own start is nobody's.
+        time.sleep(rng.uniform(0.7, 15.0))
+        signs = read_signs(tmp_path / "run" / "ranks")
+        started = [sign.pid for sign in signs if psutil.pid_exists(sign.pid)]
+        target = rng.choice([run.process.pid, *started])
+        where = [(sign.rank, sign.step, str(sign.phase)) for sign in signs]
+        os.kill(target, signal.SIGTERM)
+        status, out, err = run.end()
+        said = f"{where}, {target} of {[run.process.pid, *started]}: {out}{err}"
+        assert status == 0 and "Traceback" not in err and last_line(out).startswith("ended by SIGTERM"), said

@@ -78,8 +78,8 @@ def launch_local(
             statuses = _run_one(arguments) if num_ranks == 1 else _run_with_agent(arguments, num_ranks, directory.name)
         finally:
             ends = supervisor.finish(statuses)
-    _judge(supervisor, ends, timeout, say)
-    shutil.rmtree(paths.ranks, ignore_errors=True)
+        _judge(supervisor, ends, timeout, say)
+        shutil.rmtree(paths.ranks, ignore_errors=True)
 
 
 def _run_one(arguments: list[str]) -> dict[int, int]:

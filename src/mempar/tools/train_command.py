@@ -57,7 +57,7 @@ def train(
     if resume and out is None:
         raise ConfigError("--resume needs --out DIR, the directory of the run to continue.")
     root = (out or Path("runs") / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
-    started = False
+    ended = False
     try:
         with sigterm_raises():
             load = _checkpoint(root, run, resume=resume, start_from=start_from)
@@ -70,10 +70,10 @@ def train(
                     # Whoever wrote here until now may have saved in the meantime.
                     load = _checkpoint(root, run, resume=True, start_from=None)
                 say(f"run directory: {root}")
-                started = True
                 launch_local(directory.root, ranks, load and load.root, say, launched=launched)
+                ended = True
     except Terminated:
-        if not started:
+        if not ended:
             say("ended by SIGTERM before the ranks were started, with nothing new to save")
     return root
 
