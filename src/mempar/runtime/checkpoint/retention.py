@@ -7,6 +7,8 @@ from pathlib import Path
 
 from mempar.runtime.checkpoint.manifest import MANIFEST
 
+# What is being written, and what is being deleted, has another name than a checkpoint.
+PARTIAL, _DISCARDED = ".partial", ".discarded"
 _NAME = re.compile(r"step_\d{8,}")
 
 
@@ -32,8 +34,15 @@ def prune(directory: Path, keep: int, before: int) -> None:
 
 def discard(path: Path) -> None:
     """Delete a checkpoint, if it is there: it has lost its name before it loses its first file."""
-    gone = path.with_name(path.name + ".discarded")
+    gone = path.with_name(path.name + _DISCARDED)
     shutil.rmtree(gone, ignore_errors=True)
     if path.exists():
         os.rename(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what a killed run left behind: checkpoints that it was writing or deleting."""
+    for suffix in (PARTIAL, _DISCARDED):
+        for left in directory.glob(f"step_*{suffix}"):
+            shutil.rmtree(left)

@@ -40,7 +40,7 @@ from mempar.runtime.checkpoint.manifest import (
     write_manifest,
 )
 from mempar.runtime.checkpoint.names import is_optimizer_state
-from mempar.runtime.checkpoint.retention import discard
+from mempar.runtime.checkpoint.retention import PARTIAL, discard, remove_leftovers
 from mempar.runtime.checkpoint.tables import block_rows_of, saved_share, table_parts
 from mempar.runtime.config import RunConfig
 from mempar.runtime.layout_report import layout_sizes
@@ -50,7 +50,6 @@ from mempar.runtime.overrides import to_yaml
 
 # Small files, headers and what a file system keeps for itself, in bytes a part.
 _SPARE_BYTES = 4096
-_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +134,7 @@ class Save:
             MemparError: on every rank, when it cannot; nothing is left behind.
         """
         self.path, self.run, self.world, self.meta = path, run, world, meta
-        self.partial = path.with_name(path.name + _PARTIAL)
+        self.partial = path.with_name(path.name + PARTIAL)
         self.started = time.monotonic()
         dense, objects, common = dense_parts(model, optimizers)
         shards = []
@@ -184,8 +183,7 @@ class Save:
         check_coverage([(box, rank) for rank, (boxes, _) in enumerate(of_ranks) for box in boxes])
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            for left in self.path.parent.glob(f"*{_PARTIAL}"):
-                shutil.rmtree(left)
+            remove_leftovers(self.path.parent)
             needed, free = sum(num_bytes for _, num_bytes in of_ranks), shutil.disk_usage(self.path.parent).free
             if needed > free:
                 raise MemparError(
