@@ -180,7 +180,9 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, specs: lis
 
 def test_no_more_than_a_few_batches_are_read_ahead(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", ["text " * 30] * 200)
-    batches = list(reading.read_batches(find_inputs([str(source)]), Position(), unit="file", field="text"))
+    batches = list(
+        reading.read_batches(find_inputs([str(source)], tmp_path / "out"), Position(), unit="file", field="text")
+    )
     assert len(batches) > 40
     job = Job(spec=parse_spec("byte"), unit="file", field="text", dtype="uint16", skip_bad=False)
     for workers, most in ((1, 1), (2, 6)):
@@ -197,6 +199,8 @@ def test_directories_are_read_in_the_order_of_their_paths(tmp_path: Path) -> Non
         path.write_text(f'{{"text": "{name}"}}\n' if "json" in name else name)
     run([tmp_path / "in"], tmp_path / "out")
     assert texts_of(tmp_path / "out") == ["a/b.jsonl", "a/z.txt", "b.txt", "c.json"]
+    with pytest.raises(ConfigError, match="lies in the INPUT directory"):
+        run([tmp_path / "in"], tmp_path / "in" / "out")
 
 
 def test_field_and_format_are_chosen(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def prepare(
     check_unit(unit)
     prefix = out.expanduser().resolve()
     spec = parse_spec(tokenizer, "--tokenizer")
-    sources = find_inputs(inputs, form)
+    sources = find_inputs(inputs, prefix, form)
     # Workers are processes; threads inside each would compete for the same cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoder = load_encoder(spec)

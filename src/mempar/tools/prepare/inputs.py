@@ -35,22 +35,28 @@ class Input:
         return {"path": str(self.path), "bytes": self.num_bytes, "changed_ns": self.changed_ns, "format": self.form}
 
 
-def find_inputs(paths: list[str], form: str | None = None) -> list[Input]:
+def find_inputs(paths: list[str], prefix: Path, form: str | None = None) -> list[Input]:
     """List the files in the order in which they are read.
 
     Args:
         paths: files, and directories, of which all files are taken by the order of their paths, hidden ones left out.
+        prefix: of the result, absolute; it must lie outside of the directories.
         form: format of all files; None tells it by their names: text unless called .jsonl, .json, .ndjson, .parquet
             or .pq.
 
     Raises:
-        ConfigError: for what is missing, and for a format that is not known.
+        ConfigError: for what is missing, a format that is not known, and a result among the inputs.
     """
     if form is not None and form not in FORMATS:
         raise ConfigError(f"--format {form} is not known; the formats are: {', '.join(FORMATS)}; use one of these.")
     found: list[Input] = []
     for name in paths:
         path = Path(name).expanduser().resolve()
+        if path.is_dir() and prefix.is_relative_to(path):
+            raise ConfigError(
+                f"--out {prefix} lies in the INPUT directory {path}, all of whose files are read; results would be "
+                "inputs of the next call; write them elsewhere, or name the files."
+            )
         if path.is_dir():
             found += [_input(one, form) for one in sorted(path.rglob("*")) if one.is_file() and not _hidden(one, path)]
         elif path.is_file():

@@ -114,9 +114,9 @@ class Partial:
             ConfigError: for a document of more tokens than an index can hold.
         """
         lengths, open_tokens = self._closed_lengths(encoded)
-        tokens = encoded.tokens.tobytes()
+        tokens, length_bytes = encoded.tokens.view(np.uint8).data, lengths.tobytes()
         self._write("tokens", tokens)
-        self._write("lengths", lengths.tobytes())
+        self._write("lengths", length_bytes)
         self._checksum.update(tokens)
         self.done = Done(
             tokens=self.done.tokens + encoded.tokens.size,
@@ -127,7 +127,7 @@ class Partial:
             bad=self.done.bad + len(encoded.bad),
             num_bytes_read=num_bytes_read,
             after=after,
-            xxh3_128=_checksum(tokens, lengths.tobytes()),
+            xxh3_128=_checksum(tokens, length_bytes),
         )
         self._write("journal", json.dumps(asdict(self.done)).encode() + b"\n")
 
@@ -195,7 +195,7 @@ class Partial:
     def _open(self, name: str) -> IO[bytes]:
         return os.fdopen(os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, name: str, content: bytes | memoryview) -> None:
         view = memoryview(content)
         while view:
             view = view[self._streams[name].write(view) :]
@@ -255,5 +255,7 @@ def occupied(prefix: Path) -> list[str]:
     return [path for suffix in _FILES if os.path.lexists(path := f"{prefix}.{suffix}")]
 
 
-def _checksum(tokens: bytes, lengths: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(tokens + lengths)
+def _checksum(tokens: bytes | memoryview, lengths: bytes) -> str:
+    digest = xxhash.xxh3_128(tokens)
+    digest.update(lengths)
+    return digest.hexdigest()
