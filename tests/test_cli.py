@@ -123,6 +123,29 @@ def test_two_ranks_train_resume_and_refuse_like_one(cache: str, tmp_path: Path) 
     assert [row["step"] for row in rows_of(tmp_path / "branch")] == [2, 3, 3]
 
 
+def test_damaged_checkpoints_are_refused_and_named(cache: str, tmp_path: Path) -> None:
+    run = [*TINY, cache, "parallel.mp=2", "--out", f"{tmp_path}/run"]
+    trained = mempar("train", "smoke", *run)
+    assert trained.returncode == 0, trained.stderr
+    saved = tmp_path / "run" / "checkpoints" / "step_00000002"
+    assert "is whole: step 2," in mempar("verify", str(saved)).stdout
+    (damaged, *_) = (saved / "tables" / "memory.values.exp_avg").iterdir()
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("metrics.jsonl")}
+    branch = ["--from", str(saved), "--out", f"{tmp_path}/branch"]
+    for arguments in (
+        ["train", "smoke", *run, "train.steps=3", "--resume"],
+        ["train", "smoke", *TINY, cache, "train.steps=3", *branch],
+        ["verify", str(saved)],
+    ):
+        refused = mempar(*arguments)
+        assert refused.returncode == (1 if arguments[0] == "verify" else 2)
+        assert f"{damaged} is damaged: the checksum of memory.values.exp_avg, rows " in refused.stderr
+        assert refused.stderr.count("\n") == 1 and "Traceback" not in refused.stderr
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_experts_train_and_are_continued_on_other_ranks(cache: str, tmp_path: Path) -> None:
     experts = [*TINY, cache, "memory.enabled=false", "moe.num_experts=4", "moe.ffn_hidden_size=32", "moe.layers=[1,3]"]
     two = mempar("train", "smoke", *experts, "parallel.ep=2", "--out", f"{tmp_path}/two")
