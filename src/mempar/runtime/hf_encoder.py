@@ -36,7 +36,7 @@ class HfEncoder:
         path, config = _files(spec)
         try:
             content = path.read_bytes()
-            description = json.loads(content)
+            description = {"added_tokens": [], **json.loads(content)}
             self._whole: Any = library.Tokenizer.from_str(content.decode())
             end = _configured_end(config)
             vocabulary = self._whole.get_vocab(with_added_tokens=True)
