@@ -56,7 +56,7 @@ def make_run(num_subkeys: int) -> Any:
 
 def random_batches(run: Any, dp_rank: int, dp: int) -> list[Any]:
     """This rank's micro-batches of random tokens."""
-    from mempar.runtime.data import Batch
+    from mempar.runtime.data.samples import Batch
 
     size, length = run.train.micro_batch_size, run.train.seq_length
     data = torch.randint(0, 257, (run.train.global_batch_size, length + 1), generator=torch.Generator().manual_seed(1))

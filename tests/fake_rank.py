@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 from mempar.errors import ConfigError
-from mempar.runtime import worker
-from mempar.runtime.heartbeat import Heartbeat, Phase
+from mempar.runtime.launch import worker
+from mempar.runtime.launch.heartbeat import Heartbeat, Phase
+from mempar.runtime.launch.stopping import Stopping
 from mempar.runtime.run_dir import RunDir
-from mempar.runtime.stopping import Stopping
 
 
 def act(paths: RunDir, load: Path | None, launched: float, stopping: Stopping, heartbeat: Heartbeat) -> None:

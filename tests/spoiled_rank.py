@@ -5,8 +5,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mempar.runtime import train, worker
+from mempar.runtime import train
 from mempar.runtime.config import RunConfig
+from mempar.runtime.launch import worker
 from mempar.runtime.model import Model
 
 check_copies = train.check_copies

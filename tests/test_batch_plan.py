@@ -1,10 +1,10 @@
-"""Tests of `mempar.runtime.batch_plan`: every sample once, equally many micro-batches, padding at the end."""
+"""Tests of `mempar.runtime.data.batch_plan`: every sample once, equally many micro-batches, padding at the end."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mempar.runtime.batch_plan import BatchPlan, plan_batch
+from mempar.runtime.data.batch_plan import BatchPlan, plan_batch
 from toy import toy_run
 
 

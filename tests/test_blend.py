@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 
 from mempar.errors import ConfigError
-from mempar.runtime.blend import Blend
+from mempar.runtime.data.blend import Blend
 
 
 def weights_of(rng: random.Random, num_sets: int) -> tuple[float, ...]:

@@ -13,11 +13,11 @@ from torch import nn
 
 from mempar.errors import ConfigError
 from mempar.runtime.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from mempar.runtime.data import Batch, Samples, context_share, micro_batches
+from mempar.runtime.data.samples import Batch, Samples, context_share, micro_batches
+from mempar.runtime.data.tokenizer import BYTE_VOCAB, vocab_size
 from mempar.runtime.logical import LogicalParameter, initial_value, logical_parameters
 from mempar.runtime.mcore import IndexedDatasetBuilder, parallel_state
 from mempar.runtime.preflight import check_data
-from mempar.runtime.tokenizer import BYTE_VOCAB, vocab_size
 
 LENGTH = 8
 # Tokens say where they came from, in numbers up to 20100.

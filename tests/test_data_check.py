@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from mempar.errors import ConfigError
-from mempar.runtime import data_check
 from mempar.runtime.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from mempar.runtime.data import Samples
-from mempar.runtime.data_check import data_identity, identity_differences
-from mempar.runtime.data_manifest import checksum, manifest_path, read_index, read_manifest
+from mempar.runtime.data import check as data_check
+from mempar.runtime.data.check import data_identity, identity_differences
+from mempar.runtime.data.manifest import checksum, manifest_path, read_index, read_manifest
+from mempar.runtime.data.samples import Samples
+from mempar.runtime.data.tokenizer import vocab_size
 from mempar.runtime.mcore import IndexedDatasetBuilder
 from mempar.runtime.preflight import check_data
-from mempar.runtime.tokenizer import vocab_size
 from mempar.tools.prepare.command import prepare
 from toy_tokenizers import all_specs, byte_level, ranks
 
@@ -63,7 +63,7 @@ def test_training_needs_no_tokenizer_library_nor_torch_to_check(tmp_path: Path) 
         "import sys\n"
         "for name in ('tokenizers', 'sentencepiece', 'tiktoken', 'torch', 'pyarrow'): sys.modules[name] = None\n"
         "from mempar.runtime.config import *\n"
-        "from mempar.runtime.data_check import data_identity\n"
+        "from mempar.runtime.data.check import data_identity\n"
         "from mempar.runtime.preflight import check_data\n"
         f"for path, spec in zip({paths}, {specs}):\n"
         "    run = RunConfig(data=DataConfig(paths=(path,), tokenizer=spec))\n"

@@ -8,9 +8,9 @@ import pytest
 import tokenizers
 
 from mempar.errors import ConfigError
-from mempar.runtime.encoders import Encoder, load_encoder
-from mempar.runtime.hf_encoder import HfEncoder
-from mempar.runtime.tokenizer import parse_spec
+from mempar.runtime.data.encoders import Encoder, load_encoder
+from mempar.runtime.data.hf_encoder import HfEncoder
+from mempar.runtime.data.tokenizer import parse_spec
 from toy_tokenizers import AWKWARD, END, all_specs, byte_level, ranks, sentencepiece_model, unigram
 
 

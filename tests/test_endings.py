@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mempar.errors import ConfigError, MemparError
-from mempar.runtime.endings import Failure, RankEnd, diagnose, read_failures, record_failure
-from mempar.runtime.heartbeat import Phase, Sign
+from mempar.runtime.launch.endings import Failure, RankEnd, diagnose, read_failures, record_failure
+from mempar.runtime.launch.heartbeat import Phase, Sign
 
 NOW = 1000.0
 TIMEOUT = 60.0

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mempar.runtime.heartbeat import Heartbeat, Phase, read_signs, stack_of
+from mempar.runtime.launch.heartbeat import Heartbeat, Phase, read_signs, stack_of
 
 # A mark takes 1 us on one core of a 2.x GHz Xeon, November 2026; the limit leaves room for a busy machine.
 MOST_SECONDS_A_MARK = 100e-6
@@ -37,7 +37,7 @@ def test_sign_says_what_was_marked_last(tmp_path: Path) -> None:
 
 def test_sign_outlives_a_killed_process(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from mempar.runtime.heartbeat import Heartbeat, Phase\n"
+        "import os, sys; from pathlib import Path; from mempar.runtime.launch.heartbeat import Heartbeat, Phase\n"
         "heart = Heartbeat(Path(sys.argv[1])); heart.mark(Phase.SAVING, 5); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9

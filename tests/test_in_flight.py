@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mempar.runtime.data import Batch
+from mempar.runtime.data.samples import Batch
 from mempar.runtime.in_flight import InFlight
 
 

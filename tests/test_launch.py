@@ -1,7 +1,7 @@
 """Starting ranks and seeing them end: signals, one message whatever happens to a rank, nothing left behind.
 
-Ranks are fakes (fake_rank.py), so what is tested is mempar.runtime.launch, mempar.runtime.supervisor and the frame
-of mempar.runtime.worker; real ranks end in test_run_endings.py.
+Ranks are fakes (fake_rank.py), so what is tested is mempar.runtime.launch: local, supervisor and the frame of
+worker; real ranks end in test_run_endings.py.
 """
 
 import dataclasses
@@ -19,9 +19,10 @@ import psutil
 import pytest
 
 from mempar.errors import MemparError
-from mempar.runtime import launch, supervisor, worker
 from mempar.runtime.config import RunConfig
-from mempar.runtime.heartbeat import Phase, read_signs
+from mempar.runtime.launch import local as launch
+from mempar.runtime.launch import supervisor, worker
+from mempar.runtime.launch.heartbeat import Phase, read_signs
 from mempar.runtime.overrides import to_yaml
 
 TESTS = Path(__file__).parent

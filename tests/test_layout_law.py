@@ -13,7 +13,7 @@ import layout_cases
 import toy
 from layout_cases import Case
 from layout_runs import STEPS, LayoutRuns, flipped, gradient_deviations
-from mempar.runtime.batch_plan import plan_batch
+from mempar.runtime.data.batch_plan import plan_batch
 from mempar.runtime.placement import place
 from rank_pool import RankPool
 

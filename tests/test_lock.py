@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from mempar.errors import ConfigError
-from mempar.runtime import lock
-from mempar.runtime.lock import RunLock, share_lock
+from mempar.runtime.launch import lock
+from mempar.runtime.launch.lock import RunLock, share_lock
 from mempar.runtime.run_dir import check_free
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from mempar.runtime.lock import RunLock, share_lock\n"
+    "import sys, time; from pathlib import Path; from mempar.runtime.launch.lock import RunLock, share_lock\n"
     "root, how = Path(sys.argv[1]), sys.argv[2]\n"
     "run = RunLock(root, print)\n"
     "lock = run.__enter__() if how == 'launcher' else share_lock(root)\n"

@@ -18,10 +18,10 @@ import zstandard
 from megatron.core.datasets.indexed_dataset import DType
 
 from mempar.errors import ConfigError
-from mempar.runtime.data_manifest import DataManifest, checksum, read_index, read_manifest
-from mempar.runtime.encoders import load_encoder
+from mempar.runtime.data.encoders import load_encoder
+from mempar.runtime.data.manifest import DataManifest, checksum, read_index, read_manifest
+from mempar.runtime.data.tokenizer import parse_spec
 from mempar.runtime.mcore import IndexedDataset
-from mempar.runtime.tokenizer import parse_spec
 from mempar.tools.prepare import parquet, reading
 from mempar.tools.prepare.command import prepare
 from mempar.tools.prepare.encoding import Job, encode_all

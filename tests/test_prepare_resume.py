@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from mempar.errors import ConfigError, MemparError
-from mempar.runtime.data_manifest import DataManifest
+from mempar.runtime.data.manifest import DataManifest
 from mempar.tools.prepare import partial, reading
 from mempar.tools.prepare.command import prepare
 from toy_tokenizers import byte_level

@@ -23,13 +23,14 @@ import torch.distributed as dist
 
 import test_train
 from mempar.errors import MemparError
-from mempar.runtime import bringup, endings
+from mempar.runtime import bringup
 from mempar.runtime.config import RunConfig
-from mempar.runtime.heartbeat import Sign, read_signs
-from mempar.runtime.launch import launch_local
+from mempar.runtime.launch import endings
+from mempar.runtime.launch.heartbeat import Sign, read_signs
+from mempar.runtime.launch.local import launch_local
+from mempar.runtime.launch.stopping import Stopping
 from mempar.runtime.overrides import load_yaml, to_yaml
 from mempar.runtime.run_dir import RunDir, open_existing, open_new
-from mempar.runtime.stopping import Stopping
 from mempar.runtime.train import Trainer
 from rank_pool import RankPool
 from test_train import toy
@@ -155,8 +156,8 @@ def test_run_ends_in_every_way_and_goes_on_at_once(
 KILLED_LAUNCHER = """
 import sys
 from pathlib import Path
-from mempar.runtime.launch import launch_local
-from mempar.runtime.lock import RunLock
+from mempar.runtime.launch.local import launch_local
+from mempar.runtime.launch.lock import RunLock
 root = Path(sys.argv[1])
 with RunLock(root, print):
     launch_local(root, 2, None, print, worker="fake_rank")

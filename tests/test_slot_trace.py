@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mempar.runtime.data import Batch
+from mempar.runtime.data.samples import Batch
 from mempar.runtime.in_flight import Pass
 from mempar.runtime.slot_trace import SlotTrace, SlotTracer
 

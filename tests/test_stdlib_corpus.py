@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mempar.errors import ConfigError
-from mempar.runtime.data_manifest import read_manifest
+from mempar.runtime.data.manifest import read_manifest
 from mempar.runtime.mcore import IndexedDataset
 from mempar.tools import stdlib_corpus
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mempar.runtime.stopping import REASONS, TIME_LIMIT, Stopping, Terminated, heed_signals, sigterm_raises
+from mempar.runtime.launch.stopping import REASONS, TIME_LIMIT, Stopping, Terminated, heed_signals, sigterm_raises
 
 
 def settled(*wishes: list[float]) -> str:

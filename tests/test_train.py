@@ -16,13 +16,13 @@ from mempar.memory.config import MemoryConfig
 from mempar.runtime import bringup
 from mempar.runtime.checkpoint.accept import open_checkpoint
 from mempar.runtime.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from mempar.runtime.data.trigram import trigram_loss
 from mempar.runtime.heldout import Heldout
 from mempar.runtime.mcore import IndexedDatasetBuilder
 from mempar.runtime.metrics import read_rows
 from mempar.runtime.overrides import load_yaml
 from mempar.runtime.run_dir import RunDir, open_existing, open_new
 from mempar.runtime.train import Trainer
-from mempar.runtime.trigram import trigram_loss
 from rank_pool import RankPool
 
 LAYOUTS: dict[str, dict[str, int | bool]] = {

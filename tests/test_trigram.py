@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mempar.runtime import trigram
+from mempar.runtime.data import trigram
 
 
 def _ratio(numerator: int, denominator: int, fallback: float) -> float:

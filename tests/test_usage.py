@@ -31,7 +31,7 @@ from mempar.parallel.ranks import RankGrid
 from mempar.parallel.read_counts import ReadCounts, count_reads
 from mempar.parallel.shard_plan import ShardPlan
 from mempar.runtime.config import RunConfig
-from mempar.runtime.data import Batch
+from mempar.runtime.data.samples import Batch
 from mempar.runtime.in_flight import InFlight
 from mempar.runtime.memory_mlp import MemoryMLP
 from mempar.runtime.placement import place

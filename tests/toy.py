@@ -25,7 +25,7 @@ from mempar.runtime.checkpoint.loading import HISTORY_SINCE, load_checkpoint
 from mempar.runtime.checkpoint.manifest import read_manifest
 from mempar.runtime.checkpoint.saving import Save
 from mempar.runtime.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from mempar.runtime.data import Batch, micro_batches
+from mempar.runtime.data.samples import Batch, micro_batches
 from mempar.runtime.logical import LogicalParameter, logical_parameters, own_parameters
 from mempar.runtime.model import Model, build_model
 from mempar.runtime.moe_config import MoeConfig

@@ -8,12 +8,12 @@ import numpy as np
 
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
-from mempar.runtime.data import Samples, micro_batches
-from mempar.runtime.data_manifest import read_index
+from mempar.runtime.data.manifest import read_index
+from mempar.runtime.data.samples import Samples, micro_batches
+from mempar.runtime.data.tokenizer import vocab_size
+from mempar.runtime.data.trigram import trigram_loss
 from mempar.runtime.model import Model
 from mempar.runtime.step import Stepper
-from mempar.runtime.tokenizer import vocab_size
-from mempar.runtime.trigram import trigram_loss
 
 
 class Heldout:

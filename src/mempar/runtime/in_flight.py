@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mempar.runtime.data import Batch
+from mempar.runtime.data.samples import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

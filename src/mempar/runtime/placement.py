@@ -14,8 +14,8 @@ from mempar.memory.config import MemoryConfig
 from mempar.parallel.cost import columns_send_fewer_bytes, duplicate_share, merging_pays
 from mempar.parallel.ranks import RankGrid
 from mempar.parallel.shard_plan import ShardPlan
-from mempar.runtime.batch_plan import plan_batch
 from mempar.runtime.config import RunConfig
+from mempar.runtime.data.batch_plan import plan_batch
 
 # Tokens of a chosen micro-batch: on two cores a step of the smoke recipe takes .62 s with 1024 tokens at a time,
 # .73 s with 512 and 1.4 s with 128 (AMD EPYC, 2026-11); beyond that only its activations grow.

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from mempar.errors import ConfigError
 from mempar.runtime.config import RunConfig
-from mempar.runtime.data_check import check_files
+from mempar.runtime.data.check import check_files
+from mempar.runtime.data.tokenizer import parse_spec
 from mempar.runtime.placement import place, resolve
-from mempar.runtime.tokenizer import parse_spec
 
 
 def check_layout(run: RunConfig, num_ranks: int) -> RunConfig:

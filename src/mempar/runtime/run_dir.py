@@ -18,7 +18,7 @@ from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
 from mempar.runtime.checkpoint.retention import checkpoints_in, step_of
 from mempar.runtime.config import RunConfig
-from mempar.runtime.lock import LOCK_NAME, RANKS_LOCK_NAME
+from mempar.runtime.launch.lock import LOCK_NAME, RANKS_LOCK_NAME
 from mempar.runtime.overrides import load_yaml, to_yaml
 
 # Settings that are compared, by section; None for all of a section.

@@ -15,12 +15,12 @@ from mempar.runtime import mcore
 from mempar.runtime.ballots import Ballots
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
-from mempar.runtime.data import Batch, context_share
-from mempar.runtime.heartbeat import Heartbeat
+from mempar.runtime.data.samples import Batch, context_share
+from mempar.runtime.launch.heartbeat import Heartbeat
+from mempar.runtime.launch.stopping import Stopping
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Inspector, Optimizers, StepReport
 from mempar.runtime.schedule import LrFactors
-from mempar.runtime.stopping import Stopping
 
 
 class Stepper:

@@ -10,10 +10,12 @@ from mempar.runtime.checkpoint.keeper import Keeper
 from mempar.runtime.checkpoint.loading import HISTORY_SINCE, load_checkpoint
 from mempar.runtime.config import RunConfig
 from mempar.runtime.copies import check_copies
-from mempar.runtime.data import Samples, micro_batches
-from mempar.runtime.data_check import data_identity, identity_differences
-from mempar.runtime.heartbeat import Heartbeat, Phase
+from mempar.runtime.data.check import data_identity, identity_differences
+from mempar.runtime.data.samples import Samples, micro_batches
+from mempar.runtime.data.tokenizer import vocab_size
 from mempar.runtime.heldout import Heldout
+from mempar.runtime.launch.heartbeat import Heartbeat, Phase
+from mempar.runtime.launch.stopping import Stopping
 from mempar.runtime.layout_report import write_layout
 from mempar.runtime.metrics import MetricsLog, Terminal, peak_flops
 from mempar.runtime.model import build_model
@@ -24,8 +26,6 @@ from mempar.runtime.run_dir import RunDir
 from mempar.runtime.schedule import LrFactors, lr_factors
 from mempar.runtime.size import model_size
 from mempar.runtime.step import Stepper
-from mempar.runtime.stopping import Stopping
-from mempar.runtime.tokenizer import vocab_size
 from mempar.runtime.usage import UsageMonitor, usage_lines
 
 

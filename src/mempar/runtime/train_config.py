@@ -18,7 +18,7 @@ class TrainConfig:
     """Length, batch, precision and intervals of a run; intervals are in steps, 0 means never.
 
     `micro_batch_size=0` takes the largest that the layout allows (see placement.py). A global batch that does
-    not divide is filled up with padding (see batch_plan.py). `recompute` trades activations for computing them
+    not divide is filled up with padding (see data/batch_plan.py). `recompute` trades activations for computing them
     again in backward: all of every block (`full`), or the `recompute_modules` of each (`selective`).
 
     A step spikes when its loss exceeds `spike_factor` (0: never) times the median of the last `spike_window`
@@ -27,7 +27,7 @@ class TrainConfig:
     with the data after it, at most `spike_max_rollbacks` times.
 
     `time_limit_minutes` (0: none) counts from the launch: the run saves and ends before a step that might not leave
-    the time to save (see stopping.py). Ranks wait for each other for `collective_timeout` seconds.
+    the time to save (see launch/stopping.py). Ranks wait for each other for `collective_timeout` seconds.
     """
 
     steps: int = 100

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mempar.recipes import RECIPES, find_recipe
+from mempar.runtime.data.tokenizer import vocab_size
 from mempar.runtime.overrides import to_yaml
 from mempar.runtime.size import model_size
-from mempar.runtime.tokenizer import vocab_size
 
 
 def show(name: str | None, *, as_json: bool) -> str:

@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from mempar.errors import ConfigError
-from mempar.runtime.encoders import load_encoder
-from mempar.runtime.tokenizer import parse_spec
+from mempar.runtime.data.encoders import load_encoder
+from mempar.runtime.data.tokenizer import parse_spec
 from mempar.tools.prepare.documents import Document
 from mempar.tools.prepare.encoding import encode_documents
 from mempar.tools.prepare.manifest import command_of, describe

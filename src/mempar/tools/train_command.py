@@ -10,12 +10,12 @@ from mempar.recipes import find_recipe
 from mempar.runtime.checkpoint.accept import check_same_data, open_checkpoint
 from mempar.runtime.checkpoint.manifest import Manifest
 from mempar.runtime.config import RunConfig
-from mempar.runtime.launch import launch_local
-from mempar.runtime.lock import RunLock
+from mempar.runtime.launch.local import launch_local
+from mempar.runtime.launch.lock import RunLock
+from mempar.runtime.launch.stopping import Terminated, sigterm_raises
 from mempar.runtime.overrides import override
 from mempar.runtime.preflight import check_data, check_layout
 from mempar.runtime.run_dir import RunDir, check_free, open_existing, open_new
-from mempar.runtime.stopping import Terminated, sigterm_raises
 
 CORPORA = ("stdlib",)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from mempar.errors import CheckpointError, ConfigError
 from mempar.runtime.checkpoint.manifest import CONFIG, Manifest, checksum, damaged, read_manifest
 from mempar.runtime.config import RunConfig
-from mempar.runtime.data_check import data_identity, identity_differences
+from mempar.runtime.data.check import data_identity, identity_differences
 from mempar.runtime.overrides import load_yaml
 from mempar.runtime.run_dir import Compared, differences
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mempar.errors import ConfigError, MemparError
-from mempar.runtime.data_manifest import DataManifest, read_manifest
-from mempar.runtime.encoders import Encoder, load_encoder
-from mempar.runtime.tokenizer import parse_spec
+from mempar.runtime.data.encoders import Encoder, load_encoder
+from mempar.runtime.data.manifest import DataManifest, read_manifest
+from mempar.runtime.data.tokenizer import parse_spec
 from mempar.tools.prepare import reading
 from mempar.tools.prepare.documents import check_unit
 from mempar.tools.prepare.encoding import Job, encode_all

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mempar.errors import ConfigError, MemparError
-from mempar.runtime.encoders import Encoder, load_encoder
-from mempar.runtime.tokenizer import TokenizerSpec
+from mempar.runtime.data.encoders import Encoder, load_encoder
+from mempar.runtime.data.tokenizer import TokenizerSpec
 from mempar.tools.prepare.documents import Document, splitter
 from mempar.tools.prepare.inputs import FORMATS
 from mempar.tools.prepare.reading import Batch

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from mempar.runtime.data_manifest import FileSum, index_header
+from mempar.runtime.data.manifest import FileSum, index_header
 
 _BLOCK = 1 << 20
 # Megatron's rule (DType.optimal_dtype): its other 16-bit ids are left free.

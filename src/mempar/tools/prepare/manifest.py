@@ -4,8 +4,8 @@ from importlib import metadata
 from typing import Any
 
 from mempar import __version__
-from mempar.runtime.data_manifest import DataManifest, FileSum
-from mempar.runtime.encoders import Encoder
+from mempar.runtime.data.encoders import Encoder
+from mempar.runtime.data.manifest import DataManifest, FileSum
 from mempar.tools.prepare.index import token_dtype
 
 _NOT_YET = FileSum(num_bytes=0, xxh3_128="")

@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 from mempar.errors import ConfigError
-from mempar.runtime.data_manifest import DataManifest, FileSum
+from mempar.runtime.data.manifest import DataManifest, FileSum
 from mempar.tools.prepare.encoding import Encoded
 from mempar.tools.prepare.index import write_index
 from mempar.tools.prepare.segments import Position

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mempar.errors import MemparError
-from mempar.runtime.heartbeat import Phase, Sign
+from mempar.runtime.launch.heartbeat import Phase, Sign
 
 _SUFFIX = ".failed.txt"
 # Where a rank stands that has not begun.

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mempar.errors import MemparError
-from mempar.runtime.endings import BEFORE_STEPS, RankEnd, diagnose
+from mempar.runtime.launch.endings import BEFORE_STEPS, RankEnd, diagnose
+from mempar.runtime.launch.stopping import heed_signals
+from mempar.runtime.launch.supervisor import Supervisor
 from mempar.runtime.overrides import load_yaml
 from mempar.runtime.run_dir import RunDir
-from mempar.runtime.stopping import heed_signals
-from mempar.runtime.supervisor import Supervisor
 
-_WORKER = "mempar.runtime.worker"
+_WORKER = "mempar.runtime.launch.worker"
 
 
 def launch_local(

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mempar.errors import ConfigError
 from mempar.runtime import mcore
-from mempar.runtime.batch_plan import plan_batch
-from mempar.runtime.blend import Blend
 from mempar.runtime.config import RunConfig
-from mempar.runtime.data_check import check_tokens
-from mempar.runtime.tokenizer import MegatronTokenizer, vocab_size
+from mempar.runtime.data.batch_plan import plan_batch
+from mempar.runtime.data.blend import Blend
+from mempar.runtime.data.check import check_tokens
+from mempar.runtime.data.tokenizer import MegatronTokenizer, vocab_size
 
 
 class Samples:

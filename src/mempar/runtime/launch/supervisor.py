@@ -18,8 +18,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from mempar.runtime.endings import RankEnd, is_own_fault, read_failures
-from mempar.runtime.heartbeat import Phase, Sign, read_signs, stack_of
+from mempar.runtime.launch.endings import RankEnd, is_own_fault, read_failures
+from mempar.runtime.launch.heartbeat import Phase, Sign, read_signs, stack_of
 
 _POLL_SECONDS = 0.2
 # What ranks get to say how they fail: when the cause is known, and when those that still run are the suspects: others

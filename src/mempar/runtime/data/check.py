@@ -13,10 +13,10 @@ import numpy as np
 
 from mempar.errors import ConfigError
 from mempar.runtime.config import RunConfig
-from mempar.runtime.data_manifest import DataManifest, checksum, read_index, read_manifest
-from mempar.runtime.encoders import file_fingerprint
-from mempar.runtime.tokenizer import TokenizerSpec, parse_spec, vocab_size
-from mempar.runtime.trigram import MAX_VOCAB_SIZE
+from mempar.runtime.data.encoders import file_fingerprint
+from mempar.runtime.data.manifest import DataManifest, checksum, read_index, read_manifest
+from mempar.runtime.data.tokenizer import TokenizerSpec, parse_spec, vocab_size
+from mempar.runtime.data.trigram import MAX_VOCAB_SIZE
 
 SCANNED_BYTES = 1 << 32
 _BLOCK_BYTES = 1 << 24

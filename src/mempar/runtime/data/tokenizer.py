@@ -18,7 +18,7 @@ from typing import Any
 
 from mempar.errors import ConfigError
 from mempar.runtime.config import RunConfig
-from mempar.runtime.data_manifest import read_manifest
+from mempar.runtime.data.manifest import read_manifest
 
 # bytes 0..255 and an end-of-document token
 BYTE_VOCAB = 257
@@ -132,6 +132,6 @@ def _vocab_size(run: RunConfig, spec: TokenizerSpec) -> int:
             return manifest.vocab_size
     if run.model.vocab_size:
         return run.model.vocab_size
-    from mempar.runtime.encoders import load_encoder
+    from mempar.runtime.data.encoders import load_encoder
 
     return load_encoder(spec).vocab_size

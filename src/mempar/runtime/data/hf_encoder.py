@@ -10,8 +10,8 @@ from typing import Any
 import xxhash
 
 from mempar.errors import ConfigError
-from mempar.runtime.encoders import unusable
-from mempar.runtime.tokenizer import TokenizerSpec
+from mempar.runtime.data.encoders import unusable
+from mempar.runtime.data.tokenizer import TokenizerSpec
 
 _ENDS = (
     "<|endoftext|>",

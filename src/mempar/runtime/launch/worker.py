@@ -1,4 +1,4 @@
-"""One rank of a run: `python -m mempar.runtime.worker RUN_DIR`, started by launch.py.
+"""One rank of a run: `python -m mempar.runtime.launch.worker RUN_DIR`, started by launch.py.
 
 What a rank needs to end well comes before the seconds that importing torch takes: it dies with its launcher, gives
 signs of life, holds the run's lock and heeds signals.
@@ -15,11 +15,11 @@ import traceback
 from pathlib import Path
 
 from mempar.errors import MemparError
-from mempar.runtime.endings import record_failure
-from mempar.runtime.heartbeat import Heartbeat
-from mempar.runtime.lock import share_lock
+from mempar.runtime.launch.endings import record_failure
+from mempar.runtime.launch.heartbeat import Heartbeat
+from mempar.runtime.launch.lock import share_lock
+from mempar.runtime.launch.stopping import Stopping, heed_signals, ignore_signals
 from mempar.runtime.run_dir import RunDir
-from mempar.runtime.stopping import Stopping, heed_signals, ignore_signals
 
 _PR_SET_PDEATHSIG = 1
 
@@ -69,7 +69,7 @@ def die_with(parent: int) -> None:
 
 def main() -> int:
     """Run a rank as a process of its own; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="mempar.runtime.worker")
+    parser = argparse.ArgumentParser(prog="mempar.runtime.launch.worker")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--load", type=Path, help="checkpoint to continue from")
     parser.add_argument("--launcher", type=int, default=0, help="process that started this one and tells of failures")

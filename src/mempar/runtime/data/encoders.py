@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from mempar.errors import ConfigError
-from mempar.runtime.tokenizer import BYTE_VOCAB, TokenizerSpec
+from mempar.runtime.data.tokenizer import BYTE_VOCAB, TokenizerSpec
 
 # Splits of text into words, by the name of the encoding, as published with tiktoken (MIT licence), and the ids of
 # <|endoftext|> and of the last token.
@@ -69,7 +69,7 @@ def load_encoder(spec: TokenizerSpec) -> Encoder:
         ConfigError: when its file or its library is missing or unusable.
     """
     if spec.kind == "hf":
-        from mempar.runtime.hf_encoder import HfEncoder
+        from mempar.runtime.data.hf_encoder import HfEncoder
 
         return HfEncoder(spec)
     return {"byte": ByteEncoder, "sentencepiece": SentencePieceEncoder, "tiktoken": TiktokenEncoder}[spec.kind](spec)
