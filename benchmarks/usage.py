@@ -33,13 +33,14 @@ def time_usage(rounds: int, num_ranks: int) -> tuple[int, dict[str, list[dict[st
     """On one rank: the interval; for each kind of step its seconds and, of them, those that counting adds."""
     from mempar.recipes.smoke import smoke
     from mempar.runtime import bringup
-    from mempar.runtime.placement import with_micro_batch
+    from mempar.runtime.placement import resolve
+    from mempar.runtime.schedule import full_rates
     from mempar.runtime.usage import UsageMonitor
 
     warnings.simplefilter("ignore")
     bringup.join_world()
     torch.set_num_threads(1)
-    run = with_micro_batch(smoke().with_parallel(mp=num_ranks, mp_rows=num_ranks), num_ranks)
+    run = resolve(smoke().with_parallel(mp=num_ranks, mp_rows=num_ranks), num_ranks)
     world, model, stepper = engine_stepper(run)
     optimizers, interval = stepper.optimizers, run.memory.usage_interval
     monitor, histories = UsageMonitor(run, world, model, optimizers, {"memory": 0}), optimizers.histories
@@ -59,7 +60,7 @@ def time_usage(rounds: int, num_ranks: int) -> tuple[int, dict[str, list[dict[st
                 monitor.watch(step)
                 if access.tally is not None:
                     watch.wrap(access.tally, "add", "counting")
-            stepper.train(batches, 1.0)
+            stepper.train(batches, full_rates(run))
             if side != "off":
                 monitor.report(step)
             if number >= WARM_UP:
