@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ import torch.distributed as dist
 
 from mempar.errors import CheckpointError, MemparError
 from mempar.runtime.bringup import tear_down
-from mempar.runtime.checkpoint import saving, shard_file
+from mempar.runtime.checkpoint import saving, shard_file, torch_dist
 from mempar.runtime.checkpoint.boxes import check_coverage
 from mempar.runtime.checkpoint.config import CheckpointConfig
 from mempar.runtime.checkpoint.manifest import read_manifest
-from mempar.runtime.checkpoint.retention import checkpoints_in, discard, prune
+from mempar.runtime.checkpoint.parts import Parts
+from mempar.runtime.checkpoint.retention import checkpoints_in, discard, prune, replace_directory
+from mempar.runtime.checkpoint.together import do_together
 from mempar.runtime.config import RunConfig
 from mempar.tools import verify
 from rank_pool import RankPool
@@ -150,10 +153,74 @@ def test_a_rank_that_cannot_write_ends_the_save_on_all(saved: Path, pool: RankPo
     path = tmp_path / "step_00000002"
     for after_files in (0, 2):
         for said in pool.run(4, failing_rank, small(tp=2, mp=4, mp_rows=2), path, after_files):
-            assert "step_00000002 cannot be written: rank 1: OSError: [Errno 28] No space left on device" in said
+            assert "step_00000002 cannot be written: rank 1: [Errno 28] No space left on device" in said
         # Nothing of it is left, what was there still is.
         assert [entry.name for entry in tmp_path.iterdir()] == ["step_00000001"]
         verify.verify(tmp_path / "step_00000001", None, print)
+
+
+def failing_phase(run: RunConfig, path: Path, phase: str) -> str:
+    """Save, while one rank fails with an error that nobody expects; returns what this rank was told."""
+    session = Session(run)
+    owner, name, rank = {
+        "collecting": (saving, "collect_parts", 1),
+        "copying": (Parts, "copied", 1),
+        "writing": (torch_dist, "write_rank_file", 1),
+        "describing": (saving, "_versions", 0),
+    }[phase]
+    function = getattr(owner, name)
+
+    def fail(*given: Any, **named: Any) -> Any:
+        if session.world.rank == rank:
+            raise KeyError(phase)
+        return function(*given, **named)
+
+    setattr(owner, name, fail)
+    try:
+        save_checkpoint(path, run, session, PROGRESS)
+    # The rank that failed raises its own error, or the same as the others.
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        setattr(owner, name, function)
+        tear_down(session.world)
+    return ""
+
+
+@pytest.mark.parametrize("phase", ["collecting", "copying", "writing", "describing"])
+def test_an_unforeseen_error_in_any_phase_is_told_on_all_ranks(phase: str, pool: RankPool, tmp_path: Path) -> None:
+    run = small(mp=2, mp_rows=2)
+    run = replace(run, checkpoint=replace(run.checkpoint, asynchronous=phase == "copying"))
+    for said in pool.run(2, failing_phase, run, tmp_path / "step_00000002", phase):
+        assert f"'{phase}'" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def work_unevenly(run: RunConfig, failing: bool) -> tuple[float, str]:
+    """Do work that takes rank 1 longer, or fails there; returns seconds and what was said."""
+    session = Session(run)
+    started = time.monotonic()
+
+    def work() -> None:
+        if session.world.rank == 1:
+            if failing:
+                raise KeyError("lost")
+            time.sleep(1.0)
+
+    said = ""
+    try:
+        do_together(session.world, work)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    tear_down(session.world)
+    return time.monotonic() - started, said
+
+
+def test_ranks_wait_for_each_other_and_hear_of_failures(pool: RankPool) -> None:
+    assert all(seconds >= 1.0 and said == "" for seconds, said in pool.run(2, work_unevenly, small(mp=2), False))
+    (_, other), (_, own) = pool.run(2, work_unevenly, small(mp=2), True)
+    assert own == "KeyError: 'lost'"
+    assert other.startswith("MemparError: rank 1 failed with KeyError: 'lost'")
 
 
 @pytest.fixture
@@ -264,3 +331,26 @@ def test_discarded_checkpoint_is_none_before_it_is_gone(monkeypatch: pytest.Monk
     discard(tmp_path / "step_00000002")
     discard(tmp_path / "step_00000003")
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_replaced_checkpoint_keeps_its_name_when_the_new_one_cannot_have_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make_checkpoints(tmp_path, 2)
+    (tmp_path / "new").mkdir()
+    rename = os.rename
+
+    def refuse(old: Path, new: Path) -> None:
+        if old.name == "new":
+            raise OSError(5, os.strerror(5))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        replace_directory(tmp_path / "new", tmp_path / "step_00000002")
+    assert names_in(tmp_path) == ["step_00000002"]
+    monkeypatch.undo()
+    (tmp_path / "new" / "manifest.json").write_text("{1}")
+    replace_directory(tmp_path / "new", tmp_path / "step_00000002")
+    assert (tmp_path / "step_00000002" / "manifest.json").read_text() == "{1}"
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]

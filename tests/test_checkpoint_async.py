@@ -83,6 +83,9 @@ def test_asynchronous_saves_hold_what_saves_at_once_hold(
             one, other = (read_manifest(each.checkpoint(step)) for each in (at_once, directory))
             assert one.tensors == other.tensors
             assert {path for path in one.files if "dense" not in path} == {p for p in other.files if "dense" not in p}
+            # Steps are counted in there, by tensors that training changes.
+            common = "dense/common.pt"
+            assert one.files[common].pieces == other.files[common].pieces
             assert verify.examine(other, lambda count: None).damages == []
     # Training went on while they were written.
     assert any(step > int(name) for step, name in found["slow"][1])

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mempar.errors import CheckpointError
-from mempar.runtime.checkpoint.boxes import Box, check_coverage, row_blocks
+from mempar.errors import MemparError
+from mempar.runtime.checkpoint.boxes import Box, check_cover, check_coverage, row_blocks
 
 
 def box(offset: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...] = (10, 6), name: str = "x") -> Box:
@@ -87,5 +87,19 @@ def test_any_cut_into_parts_covers() -> None:
 )
 def test_holes_and_overlaps_are_named(change, said: str) -> None:  # type: ignore[no-untyped-def]
     parts = grid([0, 3, 4, 10], [0, 5, 6])
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(MemparError, match=said):
         check_coverage([(part, rank) for rank, part in enumerate(change(parts))])
+
+
+def test_pieces_of_a_manifest_make_up_a_tensor_or_not() -> None:
+    parts = grid([0, 3, 4, 10], [0, 5, 6])
+    check_cover("x", (10, 6), parts[::-1])
+    check_cover("x", (10, 6), [box((0, 0), (7, 3)), box((7, 0), (3, 3)), box((0, 3), (2, 3)), box((2, 3), (8, 3))])
+    check_cover("x", (), [box((), (), ())])
+    with pytest.raises(ValueError, match="do not make up its shape"):
+        check_cover("x", (10, 6), parts[1:])
+    # As many elements as the whole, some of them twice.
+    with pytest.raises(ValueError, match="pieces of x overlap"):
+        check_cover("x", (10, 6), [box((0, 0), (5, 6)), box((4, 0), (5, 6))])
+    with pytest.raises(ValueError, match="pieces of x overlap"):
+        check_cover("x", (4,), [box((0,), (2,), (4,)), box((1,), (2,), (4,))])

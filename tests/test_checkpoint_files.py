@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mempar.errors import CheckpointError
 from mempar.memory.digest import digest, digest_box
 from mempar.runtime.checkpoint import shard_file, torch_dist
 from mempar.runtime.checkpoint.boxes import Box
-from mempar.runtime.checkpoint.manifest import WEIGHTS, FileRecord, Manifest, TensorRecord, checksum
+from mempar.runtime.checkpoint.manifest import WEIGHTS, FileRecord, Manifest, Piece, TensorRecord, checksum
 from mempar.runtime.checkpoint.names import canonical, stored_name
 from mempar.runtime.checkpoint.reading import Reader
 
@@ -124,6 +125,15 @@ def test_dense_files_are_read_in_any_cut(dtype: torch.dtype, tmp_path: Path) -> 
         assert torch.equal(target, part(whole, wanted))
 
 
+def deflated(archive: io.BytesIO) -> io.BytesIO:
+    """The same archive with records that are longer than they look."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(archive) as before, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as after:
+        for entry in before.infolist():
+            after.writestr(entry.filename, before.read(entry))
+    return packed
+
+
 class Bomb:
     """Leaves a file when it is unpickled."""
 
@@ -134,7 +144,9 @@ class Bomb:
         return os.mkdir, (str(self.mark),)
 
 
-@pytest.mark.parametrize("form", ["pickle", "torch.save", "list", "other-shape", "other-dtype", "empty"])
+@pytest.mark.parametrize(
+    "form", ["pickle", "torch.save", "list", "sparse", "parameter", "other-shape", "other-dtype", "deflated", "empty"]
+)
 def test_hostile_pieces_are_refused_and_not_executed(form: str, tmp_path: Path) -> None:
     whole = numbers((4, 2), torch.float32)
     mark = tmp_path / "executed"
@@ -145,11 +157,17 @@ def test_hostile_pieces_are_refused_and_not_executed(form: str, tmp_path: Path) 
         things = {
             "torch.save": Bomb(mark),
             "list": [whole],
+            "sparse": whole.to_sparse(),
+            "parameter": torch.nn.Parameter(whole),
+            "deflated": whole,
             "other-shape": whole[:3].clone(),
             "other-dtype": whole.double(),
         }
         torch.save(things[form], content)
-    content.write(bytes(64))
+    if form == "deflated":
+        content = deflated(content)
+    if form in ("pickle", "empty"):
+        content.write(bytes(64))
     (tmp_path / torch_dist.DIRECTORY).mkdir()
     record = torch_dist.write_small_file(tmp_path, torch_dist.path_of(0), content.getvalue())
     pieces = (replace(record.pieces[0], box=box_of(whole, (0, 0), (4, 2))),)
@@ -186,3 +204,16 @@ def test_names_of_both_optimizers_stand_for_each_other() -> None:
     # In float32 the plain optimizer steps the parameter itself.
     assert stored_name(distributed, {"w"}) == "w"
     assert stored_name("optimizer.state.exp_avg.w", {"w"}) == "optimizer.state.exp_avg.w"
+
+
+def test_a_piece_that_claims_more_bytes_than_its_numbers_take_gets_no_room(tmp_path: Path) -> None:
+    whole = numbers((4, 2), torch.float32)
+    for name in (torch_dist.path_of(0), "tables/x.y/rows.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        with (tmp_path / name).open("wb") as file:
+            # A hole: nothing on disk.
+            file.truncate(1 << 41)
+        piece = Piece(start=0, num_bytes=1 << 41, checksum="0", box=box_of(whole, (0, 0), (4, 2)))
+        manifest = manifest_of(tmp_path, whole, [FileRecord(path=name, pieces=(piece,))])
+        with pytest.raises(CheckpointError, match="more than its numbers take"):
+            Reader(manifest).read(box_of(whole, (0, 0), (4, 2)), torch.empty(4, 2))

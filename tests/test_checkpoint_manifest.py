@@ -40,7 +40,7 @@ def written(tmp_path: Path) -> Manifest:
         (tmp_path / path).write_bytes(content)
     manifest = Manifest(
         root=tmp_path,
-        progress={"step": 7, "losses": [[1, 2.5]]},
+        progress={"step": 7, "applied_steps": 7, "losses": [[1, 2.5]]},
         about={"layout": {"tp": 2}},
         tensors={"x": TensorRecord(dtype="float32", shape=(3, 2), kind=WEIGHTS, digest=2**64 - 3)},
         files={path: FileRecord(path=path, pieces=of_file) for path, of_file in pieces.items()},
@@ -109,9 +109,10 @@ def test_files_that_are_missing_cut_or_no_files_are_named(written: Manifest, tmp
         read_manifest(written.root)
 
 
-@pytest.mark.parametrize(
-    "path", ["/etc/passwd", "../two", "tables/../../two", "./two", "tables//x", "", "two\0", "tables/x/one/"]
-)
+WRONG_PATHS = ("/etc/passwd", "../two", "tables/../../two", "./two", "tables//x", "", "two\0", "tables/x/one/")
+
+
+@pytest.mark.parametrize("path", [*WRONG_PATHS, "\x1b[2J", "two\n", "\ud800"])
 def test_paths_that_leave_the_directory_are_refused(written: Manifest, path: str) -> None:
     rewrite(written.root, lambda body: body["files"].update({path: body["files"].pop("two")}))
     with pytest.raises(CheckpointError, match="which is no path inside the checkpoint"):
@@ -131,6 +132,13 @@ def test_paths_that_leave_the_directory_are_refused(written: Manifest, path: str
         lambda body: body["files"].update(two=[[8.0, "00"]]),
         lambda body: body["tensors"]["x"].update(shape=[True, 2]),
         lambda body: body["tensors"]["x"].update(digest="none"),
+        lambda body: body["files"].update(two=[[8, "00", "x", [0, 0], [1, 2]]]),
+        lambda body: body["files"].update({"tables/x/one": [[19, "00"]]}),
+        lambda body: body["tensors"].update({"x\x1b[2J": body["tensors"].pop("x")}),
+        lambda body: body.update(data=[1]),
+        lambda body: body["progress"].update(samples=-5),
+        lambda body: body["progress"].update(losses="abc"),
+        lambda body: body["progress"].pop("applied_steps"),
         lambda body: body["progress"].update(step="7"),
         lambda body: body["progress"].pop("step"),
     ],
@@ -147,3 +155,21 @@ def test_other_formats_and_other_directories_are_refused(written: Manifest, tmp_
         read_manifest(written.root)
     with pytest.raises(CheckpointError, match=r"is no checkpoint: it has no manifest\.json"):
         read_manifest(tmp_path / "tables")
+
+
+def test_manifests_that_are_no_plain_files_are_not_read(written: Manifest) -> None:
+    path = written.root / "manifest.json"
+    path.unlink()
+    for make in (lambda: path.symlink_to("/dev/zero"), lambda: os.mkfifo(path), lambda: write_hole(path, 1 << 41)):
+        make()
+        with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: it is no plain file of at most"):
+            read_manifest(written.root)
+        path.unlink()
+    path.write_bytes(_seal('{"format": 2, "tensors": ' + "[" * 100_000 + "]" * 100_000 + "}"))
+    with pytest.raises(CheckpointError, match=r"it does not describe a checkpoint \(RecursionError"):
+        read_manifest(written.root)
+
+
+def write_hole(path: Path, num_bytes: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(num_bytes)

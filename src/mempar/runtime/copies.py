@@ -33,16 +33,17 @@ _NUM_NAMED = 5
 Share = Callable[[Tensor], Tensor]
 
 
-def check_copies(run: RunConfig, model: Model, optimizers: Optimizers, step: int) -> None:
+def check_copies(run: RunConfig, model: Model, optimizers: Optimizers, step: int, *, saving: bool = False) -> None:
     """Compare the copies whose turn it is after a step; every rank must call it.
 
-    A table's turn comes at its memory's `check_interval`, that of dense parameters at `memory.check_interval`.
+    A table's turn comes at its memory's `check_interval`, that of dense parameters at `memory.check_interval`; and
+    before each checkpoint (`saving`), of which every copy writes a part.
 
     Raises:
         MemparError: on every rank, naming ranks, tensors and the first row in which they differ.
     """
-    due = {name for name, memory in run.memories.items() if is_due(memory.check_interval, step)}
-    dense_due = is_due(run.memory.check_interval, step)
+    due = {name for name, memory in run.memories.items() if is_due(memory.check_interval, step, saving)}
+    dense_due = is_due(run.memory.check_interval, step, saving)
     if not due and not dense_due:
         return
     differences = _dense_differences(model) if dense_due else []
@@ -62,9 +63,9 @@ def check_copies(run: RunConfig, model: Model, optimizers: Optimizers, step: int
         )
 
 
-def is_due(interval: int, step: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after this one."""
-    return interval > 0 and step % interval == 0
+def is_due(interval: int, step: int, saving: bool = False) -> bool:
+    """Whether something that happens every so many steps (0: never), and when saving, happens after this one."""
+    return interval > 0 and (saving or step % interval == 0)
 
 
 def _dense_differences(model: Model) -> list[str]:

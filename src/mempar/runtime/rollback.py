@@ -9,6 +9,7 @@ removed; checkpoints that stay are not changed, so a run resumed from one comes 
 to the same rollback.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ import torch.distributed as dist
 
 from mempar.errors import MemparError
 from mempar.runtime.bringup import World
-from mempar.runtime.checkpoint.accept import open_checkpoint
-from mempar.runtime.checkpoint.loading import load_checkpoint
+from mempar.runtime.checkpoint.loading import load_checkpoint, open_together
 from mempar.runtime.checkpoint.retention import checkpoints_in, discard, step_of
 from mempar.runtime.config import RunConfig
 from mempar.runtime.divergence import name_diverged, name_not_finite
@@ -93,14 +93,16 @@ class Watch:
                 f"back to; keep more than train.keep_checkpoints={train.keep_checkpoints}, or start again from an "
                 "older one with --from."
             )
-        manifest = open_checkpoint(good, self.run)
+        manifest = open_together(good, self.run, self.world)
         load_checkpoint(manifest, self.world, self.model, self.optimizers)
         # Later ones go when the good one has been read by all.
         dist.barrier()
         if self.world.is_main:
             for later in checkpoints_in(self.directory.checkpoints):
                 if step_of(later) > step_of(good):
-                    discard(later)
+                    # What cannot be deleted is written again when the run comes by.
+                    with contextlib.suppress(OSError):
+                        discard(later)
         dist.barrier()
         samples, rollbacks = self.progress.samples, self.progress.rollbacks + 1
         self.progress.restore(manifest.progress)

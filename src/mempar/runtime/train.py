@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mempar.runtime.bringup import World
-from mempar.runtime.checkpoint.accept import DATA, open_checkpoint
+from mempar.runtime.checkpoint.accept import DATA
 from mempar.runtime.checkpoint.keeper import Keeper
-from mempar.runtime.checkpoint.loading import HISTORY_SINCE, load_checkpoint
+from mempar.runtime.checkpoint.loading import HISTORY_SINCE, load_checkpoint, open_together
 from mempar.runtime.config import RunConfig
 from mempar.runtime.copies import check_copies
 from mempar.runtime.data.check import data_identity, identity_differences
@@ -62,7 +62,7 @@ class Trainer:
         self.heldout = Heldout(run, world, self.stepper, self.model) if run.train.heldout_samples else None
         since: dict[str, int] = dict.fromkeys(run.memories, 0)
         if load is not None:
-            manifest = open_checkpoint(load, run)
+            manifest = open_together(load, run, world)
             load_checkpoint(manifest, world, self.model, self.optimizers)
             self.progress.restore(manifest.progress)
             if load.parent != directory.checkpoints:
@@ -107,12 +107,13 @@ class Trainer:
                 continue
             step = self.progress.step
             last = step == train.steps
+            saves = bool(train.save_interval and step % train.save_interval == 0) or last
             self.heartbeat.mark(Phase.COPY_CHECK, step)
-            check_copies(self.run, self.model, self.optimizers, step)
+            check_copies(self.run, self.model, self.optimizers, step, saving=saves or bool(self.stopping.agreed))
             if train.heldout_interval and step % train.heldout_interval == 0 and not last:
                 with self.stopping.timed("evaluation"):
                     self._heldout()
-            if (train.save_interval and step % train.save_interval == 0) or last or self.stopping.agreed:
+            if saves or self.stopping.agreed:
                 self._save()
         self._finish_save()
         self._heldout(yardsticks=True)
@@ -131,8 +132,8 @@ class Trainer:
             self.heartbeat.mark(Phase.SAVING, self.progress.step)
         saved = self.keeper.finish()
         if saved is not None:
-            # Whoever stops has to wait for all of it.
-            self.stopping.took("save", saved.seconds)
+            # Whoever stops has to wait for all of it, and for another one where one is in the making.
+            self.stopping.took("save", saved.seconds * (2 if self.run.checkpoint.asynchronous else 1))
 
     def save(self) -> None:
         """Write a checkpoint of the present step and drop the oldest; every rank must call it."""
@@ -177,6 +178,7 @@ class Trainer:
         if self.log is not None:
             self.log.write(self.watch.event("spike", spike))
         self._finish_save()
+        self.heartbeat.mark(Phase.SAVING, self.progress.step)
         good = self.watch.roll_back()
         if good is None:
             return False

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from mempar.errors import CheckpointError, MemparError
 from mempar.memory.digest import digest_box
-from mempar.runtime.checkpoint.manifest import HISTORY, WEIGHTS, Manifest, Piece, read_manifest
+from mempar.runtime.checkpoint.manifest import HISTORY, WEIGHTS, Manifest, NoCheckpointError, Piece, read_manifest
 from mempar.runtime.checkpoint.names import canonical, parameter_of_master
 from mempar.runtime.checkpoint.reading import Reader
 
@@ -126,7 +126,7 @@ def _open(path: Path) -> Manifest:
     try:
         return read_manifest(path)
     except CheckpointError as error:
-        if not path.is_dir() or "is no checkpoint" in str(error):
+        if isinstance(error, NoCheckpointError):
             raise
         raise VerifyError(str(error)) from None
 

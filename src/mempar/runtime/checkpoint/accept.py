@@ -63,7 +63,11 @@ def read_config(manifest: Manifest) -> RunConfig:
     """
     path = manifest.root / CONFIG
     record = manifest.files.get(CONFIG)
-    if record is None or checksum(path.read_bytes()) != record.pieces[0].checksum:
+    try:
+        whole = record is not None and [checksum(path.read_bytes())] == [piece.checksum for piece in record.pieces]
+    except OSError as error:
+        raise damaged(path, f"it cannot be read ({error.strerror})") from None
+    if not whole:
         raise damaged(path, "its checksum is not that of what was written")
     try:
         return load_yaml(path)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mempar.runtime import mcore
 from mempar.runtime.checkpoint.boxes import Box
+from mempar.runtime.checkpoint.shard_file import dtype_name
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
 
@@ -23,7 +24,7 @@ def dense_parts(model: Model, optimizers: Optimizers) -> tuple[list[tuple[Box, T
     for member in optimizers.members:
         mcore.make_moments(member.optimizer)
     state = _sharded_state(model, optimizers, loading=False)
-    _name_step_zero(state["optimizer"])
+    _name_step_zero(state["optimizer"], optimizers)
     # Coverage is checked by us, for the tables as well (see boxes.py).
     sharded, common = mcore.save_preprocess(state, validate_access_integrity=False)
     parts, objects = [], {}
@@ -85,7 +86,9 @@ class DenseTarget:
         factories: Any = self._factories
         state = mcore.apply_factory_merges(self._state, factories)
         for place, chunk in enumerate(self.model.chunks):
-            chunk.load_state_dict(state[_chunk_name(self.model, place)], strict=False)
+            found = chunk.load_state_dict(state[_chunk_name(self.model, place)], strict=False)
+            missing = [name for name in found.missing_keys if not name.endswith("_extra_state")]
+            assert not missing, missing
         _set_steps(state["optimizer"], self.optimizers, applied_steps)
         self.optimizers.dense.load_state_dict(state["optimizer"])
 
@@ -93,7 +96,7 @@ class DenseTarget:
 def _box_of(item: Any) -> Box:
     return Box(
         name=item.key,
-        dtype=str(item.dtype).removeprefix("torch."),
+        dtype=dtype_name(item.dtype),
         shape=tuple(item.global_shape),
         offset=tuple(item.global_offset),
         # Experts lie along a dimension that a rank's tensor lacks.
@@ -126,27 +129,31 @@ def _chunk_name(model: Model, place: int) -> str:
     return "model" if len(model.chunks) == 1 else f"model{place}"
 
 
-def _name_step_zero(state: Any) -> None:
-    """Note the step that megatron leaves out of its optimizers' state while it is 0, and misses when it loads."""
-    if isinstance(state, dict):
-        if "param_groups" in state and state.get("state"):
-            state["state"].setdefault("common_step", torch.tensor(0.0))
-        for part in state.values():
-            _name_step_zero(part)
-
-
 def _member_states(state: dict[Any, Any], optimizers: Optimizers) -> list[dict[str, Any]]:
     """The states of megatron's optimizers (the experts have one of their own), one by one."""
     count = len(optimizers.members)
     return [state] if count == 1 else [state[place] for place in range(count)]
 
 
+def _name_step_zero(state: dict[Any, Any], optimizers: Optimizers) -> None:
+    """Note the step that megatron leaves out of torch's Adam's state while it is 0, and misses when it loads."""
+    for member, owner in zip(_member_states(state, optimizers), optimizers.members, strict=True):
+        inner = member.get("optimizer", member)
+        if isinstance(owner.optimizer, torch.optim.Adam) and inner.get("state"):
+            inner["state"].setdefault("common_step", torch.tensor(0.0))
+
+
 def _set_steps(state: dict[Any, Any], optimizers: Optimizers, steps: int) -> None:
-    """Write the number of updates into each optimizer's state, which megatron keeps with what ranks have in common."""
-    for member in _member_states(state, optimizers):
-        if optimizers.run.parallel.distributed_optimizer:
-            for group in member["optimizer"]["param_groups"]:
-                group["step"] = float(steps)
-        else:
+    """Write the number of updates into each optimizer's state, which megatron keeps with what ranks have in common.
+
+    TransformerEngine's Adam counts in its groups, in whole numbers; torch's in a tensor a parameter, for which
+    the distributed optimizer has a number in its groups.
+    """
+    for member, owner in zip(_member_states(state, optimizers), optimizers.members, strict=True):
+        inner, of_torch = member.get("optimizer", member), isinstance(owner.optimizer, torch.optim.Adam)
+        if of_torch and not optimizers.run.parallel.distributed_optimizer:
             # Where there are no parameters (the experts' on a stage without experts) there is no state either.
-            member.get("optimizer", member).setdefault("state", {})["common_step"] = torch.tensor(float(steps))
+            inner.setdefault("state", {})["common_step"] = torch.tensor(float(steps))
+            continue
+        for group in inner["param_groups"]:
+            group["step"] = float(steps) if of_torch else steps

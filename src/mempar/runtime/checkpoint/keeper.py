@@ -92,7 +92,10 @@ class Keeper:
         except MemparError as error:
             raise self._with_last_good(error) from None
         if self.world.is_main:
-            prune(self.directory.checkpoints, self.run.train.keep_checkpoints, self._good_before)
+            try:
+                prune(self.directory.checkpoints, self.run.train.keep_checkpoints, self._good_before)
+            except OSError as error:
+                self.say(f"warning: old checkpoints cannot be deleted ({error}); see to it before the disk is full")
             self.say(_announcement(saved, self.run.checkpoint.asynchronous))
         return saved
 

@@ -1,21 +1,33 @@
 """Loading a checkpoint into any layout, with every byte of it checked by some rank."""
 
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from mempar.errors import CheckpointError
 from mempar.runtime.bringup import World
+from mempar.runtime.checkpoint.accept import open_checkpoint
 from mempar.runtime.checkpoint.dense import DenseTarget
 from mempar.runtime.checkpoint.manifest import Manifest, Piece
 from mempar.runtime.checkpoint.names import stored_name
 from mempar.runtime.checkpoint.reading import Reader
 from mempar.runtime.checkpoint.tables import table_parts
+from mempar.runtime.checkpoint.together import do_together, on_main
+from mempar.runtime.config import RunConfig
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
 
 # In a checkpoint's description: for each memory with a history of its rows the step after which it begins.
 HISTORY_SINCE = "history_since"
+
+
+def open_together(path: Path, run: RunConfig, world: World) -> Manifest:
+    """Let the main rank look at a checkpoint, and all ranks have its manifest; every rank must call it.
+
+    Raises:
+        CheckpointError: on every rank, when the run cannot go on from it; see `open_checkpoint`.
+    """
+    return on_main(world, None, lambda said: open_checkpoint(path, run))
 
 
 def load_checkpoint(manifest: Manifest, world: World, model: Model, optimizers: Optimizers) -> None:
@@ -38,17 +50,16 @@ def load_checkpoint(manifest: Manifest, world: World, model: Model, optimizers: 
     dense = DenseTarget(model, optimizers)
     shards = [(box, tensor) for _, _, box, tensor in table_parts(model.tables, optimizers, with_history)]
     unread = _unread_pieces(manifest, world, dense.names | {box.name for box, _ in shards})
-    error = None
-    try:
+
+    def read() -> None:
         for path, piece in unread[world.rank :: world.size]:
             reader.check_piece(path, piece)
         dense.read(reader.read)
         for box, tensor in shards:
             reader.read(box, tensor)
-    except CheckpointError as found:
-        error = found
+
     # What follows needs all ranks.
-    _raise_together(world, error)
+    do_together(world, read)
     applied_steps = manifest.progress["applied_steps"]
     dense.apply(applied_steps)
     for table in model.tables:
@@ -65,12 +76,3 @@ def _unread_pieces(manifest: Manifest, world: World, wanted: set[str]) -> list[t
     dist.all_gather_object(of_ranks, {stored_name(name, manifest.tensors) for name in wanted})
     read = set().union(*of_ranks)
     return [(path, piece) for path, piece in manifest.pieces() if piece.box is None or piece.box.name not in read]
-
-
-def _raise_together(world: World, error: CheckpointError | None) -> None:
-    """Raise the first rank's error on all of them, if any has one."""
-    errors: list[Any] = [None] * world.size
-    dist.all_gather_object(errors, error)
-    first = next((found for found in errors if found is not None), None)
-    if first is not None:
-        raise first

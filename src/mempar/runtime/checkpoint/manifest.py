@@ -23,14 +23,25 @@ from typing import Any
 import xxhash
 
 from mempar.errors import CheckpointError
-from mempar.runtime.checkpoint.boxes import Box
+from mempar.runtime.checkpoint.boxes import Box, check_cover
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 FORMAT = 2
 WEIGHTS, OPTIMIZER, HISTORY = "weights", "optimizer", "history"
 
+# A checkpoint of a million pieces has a manifest of a tenth of this.
+_LARGEST_BYTES = 1 << 30
+# Counters of a run in `progress`, and those of them that every checkpoint has.
+_COUNTERS = ("step", "applied_steps", "tokens", "samples", "rollbacks", "skips_in_a_row")
+_NEEDED = ("step", "applied_steps")
+# What else describes a checkpoint, each by names.
+_DESCRIPTIONS = ("layout", "data", "random", "versions", "history_since")
 _SEAL = ',\n"checksum": "'
+
+
+class NoCheckpointError(CheckpointError):
+    """A directory that is none, or not that of a checkpoint."""
 
 
 def checksum(data: Any) -> str:
@@ -95,7 +106,7 @@ class Manifest:
     about: dict[str, Any]
     tensors: dict[str, TensorRecord]
     files: dict[str, FileRecord]
-    _places: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict, repr=False)
+    _places: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def step(self) -> int:
@@ -144,23 +155,30 @@ def read_manifest(root: Path) -> Manifest:
         CheckpointError: naming the file that is missing, damaged or not what it should be.
     """
     path = root / MANIFEST
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        why = "it has no manifest.json" if not path.exists() else f"its manifest.json cannot be read ({error.strerror})"
-        raise CheckpointError(
-            f"{root} is no checkpoint: {why}; name a checkpoints/step_XXXXXXXX directory of a run."
-        ) from None
+    raw = _read_sealed(root, path)
     body, mark, _ = raw.decode(errors="replace").rpartition(_SEAL)
     if not mark or _seal(body + "}") != raw:
         raise damaged(path, "its checksum is not that of its text")
     try:
         manifest = _decode(root, json.loads(body + "}"))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise damaged(path, f"it does not describe a checkpoint ({type(error).__name__}: {error})") from None
     for record in manifest.files.values():
         check_file(root, record)
     return manifest
+
+
+def _read_sealed(root: Path, path: Path) -> bytes:
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_BYTES:
+            raise damaged(path, f"it is no plain file of at most {_LARGEST_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        why = "it has no manifest.json" if not path.exists() else f"its manifest.json cannot be read ({error.strerror})"
+        raise NoCheckpointError(
+            f"{root} is no checkpoint: {why}; name a checkpoints/step_XXXXXXXX directory of a run."
+        ) from None
 
 
 def check_file(root: Path, record: FileRecord) -> None:
@@ -209,6 +227,8 @@ def _decode(root: Path, body: dict[str, Any]) -> Manifest:
         raise CheckpointError(
             f"{root} has another format than {FORMAT}, which this version reads; use the mempar that wrote it."
         )
+    if not all(name.isprintable() for name in body["tensors"]):
+        raise ValueError("a tensor's name cannot be shown")
     tensors = {
         name: TensorRecord(
             dtype=str(entry["dtype"]),
@@ -220,14 +240,29 @@ def _decode(root: Path, body: dict[str, Any]) -> Manifest:
     }
     files = {path: _decode_file(root, path, pieces, tensors) for path, pieces in body.pop("files").items()}
     progress = body.pop("progress")
-    if not isinstance(progress["step"], int):
-        raise TypeError("step is not a whole number")
-    return Manifest(root=root, progress=progress, about=body, tensors=tensors, files=files)
+    _check_progress(progress)
+    if not all(
+        isinstance(body.get(key, {}), dict) for key in ("layout", "data", "random", "versions", "history_since")
+    ):
+        raise TypeError("what describes the run is not described by names")
+    manifest = Manifest(root=root, progress=progress, about=body, tensors=tensors, files=files)
+    for name, record in tensors.items():
+        check_cover(name, record.shape, [piece.box for _, piece in manifest.pieces_of(name) if piece.box is not None])
+    return manifest
+
+
+def _check_progress(progress: dict[str, Any]) -> None:
+    _sizes([progress[name] for name in _NEEDED])
+    _sizes([progress[name] for name in _COUNTERS if name in progress])
+    for step, loss in progress.get("losses", []):
+        _sizes([step])
+        float(loss)
 
 
 def _decode_file(root: Path, path: str, pieces: list[Any], tensors: dict[str, TensorRecord]) -> FileRecord:
     parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\0" in path or str(PurePosixPath(path)) != path:
+    # Printable text alone: names are shown on terminals.
+    if not parts or path[0] == "/" or ".." in parts or not path.isprintable() or str(PurePosixPath(path)) != path:
         raise damaged(root / MANIFEST, f"it names the file {path!r}, which is no path inside the checkpoint")
     decoded, start = [], 0
     for num_bytes, digits, *place in pieces:

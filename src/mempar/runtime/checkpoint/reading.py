@@ -1,9 +1,12 @@
 """Reading parts of logical tensors from a checkpoint of any layout, every piece checked before it is used."""
 
-import os
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from mempar.errors import CheckpointError
@@ -12,6 +15,11 @@ from mempar.runtime.checkpoint.boxes import Box
 from mempar.runtime.checkpoint.manifest import Manifest, Piece, check_file, checksum, damaged
 from mempar.runtime.checkpoint.names import stored_name
 
+# Bytes read at a time where they are only compared.
+_CHUNK_BYTES = 1 << 23
+# What torch.save adds to a tensor's numbers, amply.
+_TORCH_SAVE_BYTES = 1 << 14
+
 
 class Reader:
     """Reads from one checkpoint; only pieces that overlap what is asked for, and those whole."""
@@ -19,6 +27,7 @@ class Reader:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.bytes_read = 0
+        self._checked: set[str] = set()
 
     def read(self, box: Box, target: Tensor) -> None:
         """Fill a tensor with a part of a logical tensor.
@@ -48,6 +57,7 @@ class Reader:
             view = target[mine]
             if path.endswith(shard_file.SUFFIX) and view.shape == piece.box.sizes and _is_plain(view):
                 # The numbers are on disk as they are in memory.
+                self._check_size(path, piece)
                 self._read_bytes(path, piece, shard_file.as_bytes(view))
             else:
                 view.copy_(self.read_piece(path, piece)[theirs])
@@ -61,9 +71,10 @@ class Reader:
         Raises:
             CheckpointError: when it is damaged.
         """
+        assert piece.box is not None
+        self._check_size(path, piece)
         data = bytearray(piece.num_bytes)
         self._read_bytes(path, piece, memoryview(data))
-        assert piece.box is not None
         try:
             if path.endswith(shard_file.SUFFIX):
                 tensor = torch.frombuffer(data, dtype=shard_file.dtype_of(piece.box)).view(piece.box.sizes)
@@ -81,23 +92,48 @@ class Reader:
         Raises:
             CheckpointError: when it is damaged.
         """
-        self._read_bytes(path, piece, memoryview(bytearray(piece.num_bytes)))
+        stream = xxhash.xxh3_128()
+        chunk = memoryview(bytearray(min(piece.num_bytes, _CHUNK_BYTES)))
+        done = 0
+        with self._open(path, piece) as file:
+            while done < piece.num_bytes and (count := file.readinto(chunk[: piece.num_bytes - done])):
+                stream.update(chunk[:count])
+                done += count
+        self.bytes_read += done
+        if done < piece.num_bytes or stream.hexdigest() != piece.checksum:
+            raise self._changed(path, piece)
 
     def _read_bytes(self, path: str, piece: Piece, into: memoryview) -> None:
-        check_file(self.manifest.root, self.manifest.files[path])
+        done = 0
+        with self._open(path, piece) as file:
+            while done < len(into) and (count := file.readinto(into[done:])):
+                done += count
+        self.bytes_read += done
+        if done < len(into) or checksum(into) != piece.checksum:
+            raise self._changed(path, piece)
+
+    @contextmanager
+    def _open(self, path: str, piece: Piece) -> Iterator[io.FileIO]:
+        if path not in self._checked:
+            check_file(self.manifest.root, self.manifest.files[path])
+            self._checked.add(path)
         try:
             with self._path(path).open("rb", buffering=0) as file:
                 file.seek(piece.start)
-                done = 0
-                while done < len(into) and (count := file.readinto(into[done:])):
-                    done += count
+                yield file
         except OSError as error:
-            raise damaged(
-                self._path(path), f"{_place(piece)} cannot be read ({os.strerror(error.errno or 0)})"
-            ) from None
-        self.bytes_read += done
-        if done < len(into) or checksum(into) != piece.checksum:
-            raise damaged(self._path(path), f"the checksum of {_place(piece)} is not that of what was written")
+            raise damaged(self._path(path), f"{_place(piece)} cannot be read ({error.strerror})") from None
+
+    def _check_size(self, path: str, piece: Piece) -> None:
+        """Refuse a piece that is longer than what it holds before there is room made for it."""
+        assert piece.box is not None
+        slack = 0 if path.endswith(shard_file.SUFFIX) else _TORCH_SAVE_BYTES
+        dtype = getattr(torch, piece.box.dtype, None)
+        if not isinstance(dtype, torch.dtype) or piece.num_bytes > piece.box.num_elements * dtype.itemsize + slack:
+            raise damaged(self._path(path), f"{_place(piece)} has {piece.num_bytes} bytes, more than its numbers take")
+
+    def _changed(self, path: str, piece: Piece) -> CheckpointError:
+        return damaged(self._path(path), f"the checksum of {_place(piece)} is not that of what was written")
 
     def _path(self, path: str) -> Path:
         return self.manifest.root / path

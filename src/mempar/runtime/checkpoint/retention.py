@@ -1,5 +1,6 @@
 """Which checkpoints of a run there are, and which may go. Nothing here imports torch."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -33,16 +34,60 @@ def prune(directory: Path, keep: int, before: int) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a checkpoint, if it is there: it has lost its name before it loses its first file."""
+    """Delete a checkpoint, if it is there: it has lost its name before it loses its first file.
+
+    What cannot be deleted (somebody still reads it, over a network) is left under another name for the next time.
+    """
     gone = path.with_name(path.name + _DISCARDED)
     shutil.rmtree(gone, ignore_errors=True)
-    if path.exists():
+    if path.exists() and not gone.exists():
         os.rename(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Delete what a killed run left behind: checkpoints that it was writing or deleting."""
+def replace_directory(new: Path, path: Path) -> None:
+    """Give a directory its name; what had the name goes when the new one has it.
+
+    Raises:
+        OSError: when it cannot be renamed; what had the name has it still.
+    """
+    old = path.with_name(path.name + _DISCARDED)
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except OSError:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    # It is there; some file systems do not sync directories.
+    with contextlib.suppress(OSError):
+        sync_directory(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path, but_must: Path) -> None:
+    """Delete what a killed run left behind: checkpoints that it was writing or deleting.
+
+    Args:
+        directory: of the checkpoints.
+        but_must: has to go; others stay if they cannot be deleted.
+
+    Raises:
+        OSError: when it cannot be deleted.
+    """
+    if but_must.exists():
+        shutil.rmtree(but_must)
     for suffix in (PARTIAL, _DISCARDED):
         for left in directory.glob(f"step_*{suffix}"):
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory outlast a crash of the machine."""
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

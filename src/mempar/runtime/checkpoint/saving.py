@@ -15,20 +15,17 @@ import platform
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
-from torch import Tensor
 
 import mempar
 from mempar.errors import MemparError
 from mempar.runtime.bringup import World
 from mempar.runtime.checkpoint import shard_file, torch_dist
 from mempar.runtime.checkpoint.boxes import Box, check_coverage
-from mempar.runtime.checkpoint.dense import dense_parts
 from mempar.runtime.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
@@ -40,16 +37,14 @@ from mempar.runtime.checkpoint.manifest import (
     write_manifest,
 )
 from mempar.runtime.checkpoint.names import is_optimizer_state
-from mempar.runtime.checkpoint.retention import PARTIAL, discard, remove_leftovers
-from mempar.runtime.checkpoint.tables import block_rows_of, saved_share, table_parts
+from mempar.runtime.checkpoint.parts import Parts, collect_parts
+from mempar.runtime.checkpoint.retention import PARTIAL, remove_leftovers, replace_directory, sync_directory
+from mempar.runtime.checkpoint.together import as_told, on_main, raise_together, wait_for_all
 from mempar.runtime.config import RunConfig
 from mempar.runtime.layout_report import layout_sizes
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
 from mempar.runtime.overrides import to_yaml
-
-# Small files, headers and what a file system keeps for itself, in bytes a part.
-_SPARE_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,35 +65,6 @@ class Saved:
 
 
 @dataclass(kw_only=True)
-class _Parts:
-    """What one rank writes."""
-
-    dense: list[tuple[Box, Tensor]]
-    objects: dict[str, bytes]
-    common: Any
-    shards: list[tuple[str, Box, Tensor, int]]
-
-    @property
-    def boxes(self) -> list[Box]:
-        return [box for box, _ in self.dense] + [box for _, box, _, _ in self.shards]
-
-    @property
-    def num_bytes(self) -> int:
-        tensors = [tensor for _, tensor in self.dense] + [tensor for _, _, tensor, _ in self.shards]
-        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors] + [*map(len, self.objects.values())]
-        return sum(sizes) + _SPARE_BYTES * len(sizes)
-
-    def copied(self) -> "_Parts":
-        """The same in host memory of its own."""
-        return _Parts(
-            dense=[(box, _copy(tensor)) for box, tensor in self.dense],
-            objects=self.objects,
-            common=self.common,
-            shards=[(kind, box, _copy(tensor), rows) for kind, box, tensor, rows in self.shards],
-        )
-
-
-@dataclass(kw_only=True)
 class _Written:
     """What one rank has written."""
 
@@ -107,10 +73,10 @@ class _Written:
     objects: dict[str, torch_dist.Objects] = field(default_factory=dict)
     error: str = ""
 
-    def add(self, kind: str, box: Box, digest: int) -> None:
-        before = self.tensors[box.name].digest if box.name in self.tensors else 0
-        self.tensors[box.name] = TensorRecord(
-            dtype=box.dtype, shape=box.shape, kind=kind, digest=(before + digest) % 2**64
+    def add(self, name: str, like: Box | TensorRecord, kind: str, digest: int) -> None:
+        before = self.tensors[name].digest if name in self.tensors else 0
+        self.tensors[name] = TensorRecord(
+            dtype=like.dtype, shape=like.shape, kind=kind, digest=(before + digest) % 2**64
         )
 
 
@@ -136,28 +102,24 @@ class Save:
         self.path, self.run, self.world, self.meta = path, run, world, meta
         self.partial = path.with_name(path.name + PARTIAL)
         self.started = time.monotonic()
-        dense, objects, common = dense_parts(model, optimizers)
-        shards = []
-        for table, kind, box, tensor in table_parts(model.tables, optimizers, list(optimizers.histories)):
-            block_rows = block_rows_of(table, run.checkpoint.block_bytes)
-            if (share := saved_share(table, kind, box, tensor, block_rows)) is not None:
-                shards.append((kind, *share, block_rows))
-        parts = _Parts(dense=dense, objects=objects, common=common, shards=shards)
-        self.common = common
-        self._prepare(parts)
         self.written = _Written()
-        self.thread: threading.Thread | None = None
+        parts, failure = self._try(lambda: collect_parts(run, world, model, optimizers))
+        raise_together(world, failure)
+        on_main(world, (parts.boxes, parts.num_bytes), self._make_room)
         if run.checkpoint.asynchronous:
-            self.thread = threading.Thread(target=self._write, args=(parts.copied(),), name="checkpoint")
-            self.thread.start()
-        else:
-            self._write(parts)
+            # A rank that has no room for it writes nothing, and the others hear of it when they finish.
+            parts, failure = self._try(lambda: parts.copied(run))
+            if failure is not None:
+                self.written.error = f"rank {world.rank} cannot copy its parts: {failure}"
+        self.common = parts.common if parts is not None else b""
+        self.thread = threading.Thread(target=self._write, args=(parts,), name="checkpoint")
+        self.thread.start()
         self.waited_seconds = time.monotonic() - self.started
 
     @property
     def has_written(self) -> bool:
         """Whether this rank has written its files."""
-        return self.thread is None or not self.thread.is_alive()
+        return not self.thread.is_alive()
 
     def finish(self) -> Saved:
         """Wait until all ranks have written, and give the checkpoint its name; every rank must call it.
@@ -166,9 +128,8 @@ class Save:
             MemparError: on every rank, when one of them could not write; nothing is left behind.
         """
         began = time.monotonic()
-        if self.thread is not None:
-            self.thread.join()
-        num_bytes = _on_main(self.world, self.written, self._complete)
+        wait_for_all(self.world, lambda: self.has_written)
+        num_bytes = on_main(self.world, self.written, self._complete)
         return Saved(
             path=self.path,
             num_bytes=num_bytes,
@@ -176,14 +137,19 @@ class Save:
             waited_seconds=self.waited_seconds + time.monotonic() - began,
         )
 
-    def _prepare(self, parts: _Parts) -> None:
-        _on_main(self.world, (parts.boxes, parts.num_bytes), self._make_room)
+    @staticmethod
+    def _try(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+        try:
+            return work(), None
+        # Whatever it is, the other ranks wait to hear of it.
+        except Exception as error:
+            return None, error
 
     def _make_room(self, of_ranks: list[tuple[list[Box], int]]) -> None:
         check_coverage([(box, rank) for rank, (boxes, _) in enumerate(of_ranks) for box in boxes])
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.path.parent)
+            remove_leftovers(self.path.parent, but_must=self.partial)
             needed, free = sum(num_bytes for _, num_bytes in of_ranks), shutil.disk_usage(self.path.parent).free
             if needed > free:
                 raise MemparError(
@@ -193,16 +159,18 @@ class Save:
                 )
             self.partial.mkdir()
         except OSError as error:
-            raise _not_written(self.path, str(error)) from None
+            raise _not_written(self.path, f"{error}; see to the disk") from None
 
-    def _write(self, parts: _Parts) -> None:
-        """Write this rank's files; in a thread of its own when the save is asynchronous."""
+    def _write(self, parts: Parts | None) -> None:
+        """Write this rank's files, in a thread of its own."""
+        if parts is None:
+            return
         try:
             with ThreadPoolExecutor(self.run.checkpoint.threads) as pool:
                 for kind, box, tensor, block_rows in parts.shards:
                     record, digest = shard_file.write_shard_file(self.partial, box, tensor, block_rows, pool.map)
                     self.written.files.append(record)
-                    self.written.add(kind, box, digest)
+                    self.written.add(box.name, box, kind, digest)
             record, digests, objects = torch_dist.write_rank_file(
                 self.partial, self.world.rank, parts.dense, parts.objects, self.run.checkpoint.block_bytes
             )
@@ -211,20 +179,27 @@ class Save:
                 self.written.objects[record.path] = objects
             boxes = {box.name: box for box, _ in parts.dense}
             for name, digest in digests.items():
-                self.written.add(OPTIMIZER if is_optimizer_state(name) else WEIGHTS, boxes[name], digest)
+                self.written.add(name, boxes[name], OPTIMIZER if is_optimizer_state(name) else WEIGHTS, digest)
+        except OSError as error:
+            self.written.error = f"rank {self.world.rank}: {error}; see to the disk"
         # Whatever it is, the other ranks wait to hear of it.
         except Exception as error:
-            self.written.error = f"rank {self.world.rank}: {type(error).__name__}: {error}"
+            self.written.error = str(as_told(self.world, error))
 
     def _complete(self, of_ranks: list[_Written]) -> int:
         errors = [written.error for written in of_ranks if written.error]
         try:
             if errors:
-                raise OSError(errors[0])
-            return self._describe(of_ranks)
+                raise _not_written(self.path, errors[0])
+            num_bytes = self._describe(of_ranks)
+            replace_directory(self.partial, self.path)
         except OSError as error:
             shutil.rmtree(self.partial, ignore_errors=True)
-            raise _not_written(self.path, str(error)) from None
+            raise _not_written(self.path, f"{error}; see to the disk") from None
+        except BaseException:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+        return num_bytes
 
     def _describe(self, of_ranks: list[_Written]) -> int:
         files = [record for written in of_ranks for record in written.files]
@@ -235,8 +210,7 @@ class Save:
         totals = _Written()
         for written in of_ranks:
             for name, record in written.tensors.items():
-                box = Box(name=name, dtype=record.dtype, shape=record.shape, offset=(), sizes=())
-                totals.add(record.kind, box, record.digest)
+                totals.add(name, record, record.kind, record.digest)
         manifest = Manifest(
             root=self.path,
             progress=self.meta["progress"],
@@ -252,27 +226,8 @@ class Save:
         )
         torch_dist.write_small_file(self.partial, MANIFEST, write_manifest(manifest))
         for directory, _, _ in os.walk(self.partial):
-            _sync_directory(Path(directory))
-        discard(self.path)
-        os.rename(self.partial, self.path)
-        _sync_directory(self.path.parent)
+            sync_directory(Path(directory))
         return manifest.num_bytes
-
-
-def _on_main(world: World, mine: Any, act: Any) -> Any:
-    """Let the main rank act on what all ranks have to say; all ranks get its result, or raise its MemparError."""
-    said: list[Any] | None = [None] * world.size if world.is_main else None
-    dist.gather_object(mine, said)
-    outcome: list[Any] = [None, None]
-    if world.is_main:
-        try:
-            outcome[0] = act(said)
-        except MemparError as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 def _versions() -> dict[str, str]:
@@ -282,21 +237,8 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _sync_directory(path: Path) -> None:
-    """Make the names in a directory outlast a crash of the machine."""
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 def _not_written(path: Path, why: str) -> MemparError:
     return MemparError(
         f"{path} cannot be written: {why}; a checkpoint is written whole or not at all, so nothing of it is left and "
-        "those before it are intact; see to the disk and continue with --resume."
+        "those before it are intact; continue with --resume."
     )

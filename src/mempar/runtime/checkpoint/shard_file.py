@@ -30,9 +30,20 @@ def path_of(box: Box) -> str:
     return f"tables/{box.name}/{place}{SUFFIX}"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type as boxes spell it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def dtype_of(box: Box) -> torch.dtype:
-    """A box's type, one of those that checkpoints hold."""
-    return getattr(torch, box.dtype) if box.dtype in _TYPE_NAMES else torch.uint8
+    """The type of a box's numbers.
+
+    Raises:
+        ValueError: when it is none of those that files of shards hold.
+    """
+    if box.dtype not in _TYPE_NAMES:
+        raise ValueError(f"numbers of type {box.dtype}")
+    return getattr(torch, box.dtype)
 
 
 def write_shard_file(

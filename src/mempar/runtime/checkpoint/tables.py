@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from mempar.dims import TableSlice, even_cuts
 from mempar.runtime.checkpoint.boxes import Box
 from mempar.runtime.checkpoint.manifest import HISTORY, OPTIMIZER, WEIGHTS
+from mempar.runtime.checkpoint.shard_file import dtype_name
 from mempar.runtime.optim import Optimizers
 from mempar.runtime.tables import Table
 
@@ -65,7 +65,7 @@ def block_rows_of(table: Table, block_bytes: int) -> int:
 def _table_box(name: str, tensor: Tensor, part: TableSlice) -> Box:
     return Box(
         name=name,
-        dtype=_dtype_name(tensor.dtype),
+        dtype=dtype_name(tensor.dtype),
         shape=(part.num_slots, part.value_dim),
         offset=(part.row_start, part.column_start),
         sizes=(part.num_rows, part.num_columns),
@@ -75,12 +75,8 @@ def _table_box(name: str, tensor: Tensor, part: TableSlice) -> Box:
 def _history_box(memory: str, last_read: Tensor, part: TableSlice) -> Box:
     return Box(
         name=f"{memory}.last_read",
-        dtype=_dtype_name(last_read.dtype),
+        dtype=dtype_name(last_read.dtype),
         shape=(part.num_slots,),
         offset=(part.row_start,),
         sizes=(part.num_rows,),
     )
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

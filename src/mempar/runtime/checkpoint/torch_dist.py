@@ -15,6 +15,7 @@ import io
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def write_rank_file(
                 part = tensor[mine].detach().cpu().clone(memory_format=torch.contiguous_format)
                 name = canonical(box.name)
                 digests[box.name] = digests.get(box.name, 0) + int(digest_box(name, part, box.offset, box.shape))
-                append(_saved(part), box)
+                append(saved(part), box)
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(path=path_of(rank), pieces=tuple(pieces)), digests, places
@@ -100,14 +101,18 @@ def load_piece(data: Any) -> Tensor:
     Raises:
         Exception: of many kinds, when it is anything else.
     """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        # torch stores; what is compressed may be a thousand times as long as it looks.
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("a compressed record")
     tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(tensor, Tensor):
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.is_cpu:
         raise TypeError(f"a {type(tensor).__name__} where a tensor should be")
     return tensor
 
 
 def write_description(
-    directory: Path, files: Iterable[FileRecord], objects: dict[str, Objects], common: Any
+    directory: Path, files: Iterable[FileRecord], objects: dict[str, Objects], common: bytes
 ) -> list[FileRecord]:
     """Write the files that make the ranks' files a checkpoint for megatron.
 
@@ -115,7 +120,7 @@ def write_description(
         directory: of the checkpoint.
         files: of the ranks.
         objects: where each file holds things that are no tensors, by its path.
-        common: megatron's state dict without what is sharded.
+        common: megatron's state dict without what is sharded, serialised.
 
     Returns:
         What was written.
@@ -144,7 +149,7 @@ def write_description(
     backend |= {"common_backend": "torch", "common_backend_version": 1}
     contents = {
         ".metadata": pickle.dumps(Metadata(state_dict_metadata=tensors, storage_data=places)),
-        "common.pt": _saved(common),
+        "common.pt": common,
         "metadata.json": json.dumps(backend).encode(),
     }
     return [write_small_file(directory, f"{DIRECTORY}/{name}", data) for name, data in contents.items()]
@@ -166,7 +171,8 @@ def _rows_of(box: Box, tensor: Tensor, block_bytes: int) -> int:
     return max(1, block_bytes // max(1, row_bytes))
 
 
-def _saved(thing: Any) -> memoryview:
+def saved(thing: Any) -> memoryview:
+    """What torch.save writes."""
     buffer = io.BytesIO()
     torch.save(thing, buffer)
     return buffer.getbuffer()
