@@ -1,13 +1,13 @@
 """Speed of `mempar prepare` with one worker and with several, in MB of text a second.
 
-    python benchmarks/prepare.py [--workers 2] [--rounds 5] [--megabytes 48] [--out benchmarks/results/prepare-cpu.json]
+    python benchmarks/prepare.py [--workers 2] [--rounds 3] [--megabytes 12] [--out benchmarks/results/prepare-cpu.json]
 
 The text is the built-in corpus (documentation, sources and character names of Python) as JSON lines, plain and
 compressed, repeated to the size asked for, without a tokenizer to fetch: a byte-level BPE of 8192 tokens
 (`tokenizers`) and a SentencePiece BPE of 4096 are trained on a tenth of it, and the ranks of the first serve
-tiktoken. Both sides alternate in one run, each writes afresh, and the ratio is of medians. Starting the workers is part
-of the time. What the one process that reads and writes costs is given in processor seconds a GB: its inverse limits the
-speed of any number of workers. The files of both sides are compared byte by byte. Exits with 1 when a tokenizer gains
+tiktoken. Both sides alternate in one run, each is a command of its own that writes afresh, starting included, and the
+ratio is of medians. A pair of measurements during which other processes took more than a twentieth of the cores is
+thrown away and measured again. The files of both sides are compared byte by byte. Exits with 1 when a tokenizer gains
 less than 1.6.
 """
 
@@ -17,7 +17,9 @@ import gzip
 import io
 import json
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,10 +27,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mempar.tools.prepare.command import prepare
 from mempar.tools.stdlib_corpus import documents
 
 LEAST_SPEEDUP = 1.6
+# So that all take about as long, ten seconds with one worker and 12 MB: the command takes most of a second to start.
+TIMES_THE_TEXT = {"sentencepiece": 4, "tiktoken": 6, "byte": 16}
+PROGRAM = "from mempar.cli import main; main()"
+MOST_FOREIGN_SHARE = 0.05
+MOST_PAIRS = 100
+NUM_CORES = len(os.sched_getaffinity(0))
 LIBRARIES = ("tokenizers", "sentencepiece", "tiktoken", "numpy")
 
 
@@ -70,26 +77,53 @@ def make_tokenizers(folder: Path, texts: list[str]) -> dict[str, str]:
     }
 
 
-def seconds_of(source: Path, tokenizer: str, out: Path, workers: int) -> tuple[float, float]:
-    """Time of one preparation, from nothing, and the processor time of this process."""
+def busy_seconds() -> tuple[float, float]:
+    """Processor seconds so far, of all processes of the machine and of this one with its ended children."""
+    counts = [int(count) for count in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    idle = counts[3] + counts[4]
+    return (sum(counts) - idle) / os.sysconf("SC_CLK_TCK"), time.process_time() + children.ru_utime + children.ru_stime
+
+
+def wait_for_quiet() -> None:
+    """Return when nobody else has used the machine for a second, or after ten minutes."""
+    for _ in range(600):
+        before, _ = busy_seconds()
+        time.sleep(1)
+        if busy_seconds()[0] - before < MOST_FOREIGN_SHARE * NUM_CORES:
+            return
+
+
+def measure(source: Path, tokenizer: str, out: Path, workers: int) -> tuple[float, float]:
+    """One preparation from nothing, as a command: its seconds, and the share of the cores that others took."""
     for path in out.parent.glob(f"{out.name}.*"):
         path.unlink()
-    start, spent = time.perf_counter(), time.process_time()
-    prepare([str(source)], tokenizer=tokenizer, out=out, workers=workers, say=lambda _: None)
-    return time.perf_counter() - start, time.process_time() - spent
+    arguments = [str(source), "--tokenizer", tokenizer, "--out", str(out), "--workers", str(workers)]
+    busy, own = busy_seconds()
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", PROGRAM, "prepare", *arguments], check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - start
+    busy_after, own_after = busy_seconds()
+    return seconds, (busy_after - busy - own_after + own) / seconds / NUM_CORES
 
 
 def compare(source: Path, num_bytes: int, tokenizer: str, workers: int, rounds: int) -> dict[str, Any]:
     """Alternate one worker and several, and compare what they write."""
     outs = {1: source.parent / "one", workers: source.parent / "several"}
     rows: dict[int, list[float]] = {number: [] for number in outs}
-    reading: list[float] = []
-    for _ in range(rounds):
-        for number, out in outs.items():
-            seconds, spent = seconds_of(source, tokenizer, out, number)
+    foreign: list[float] = []
+    for _ in range(MOST_PAIRS):
+        wait_for_quiet()
+        pair = {number: measure(source, tokenizer, out, number) for number, out in outs.items()}
+        if max(share for _, share in pair.values()) > MOST_FOREIGN_SHARE:
+            continue
+        for number, (seconds, share) in pair.items():
             rows[number].append(seconds)
-            if number > 1:
-                reading.append(spent)
+            foreign.append(share)
+        if len(rows[1]) == rounds:
+            break
+    else:
+        raise SystemExit(f"the machine was never quiet for {rounds} pairs; try again later")
     for suffix in ("bin", "idx"):
         one, several = (Path(f"{out}.{suffix}").read_bytes() for out in outs.values())
         assert one == several, f"{suffix} depends on the number of workers"
@@ -97,7 +131,7 @@ def compare(source: Path, num_bytes: int, tokenizer: str, workers: int, rounds: 
     return {
         "mb_per_s": {f"{number}_workers": num_bytes / 1e6 / seconds for number, seconds in medians.items()},
         "seconds": {f"{number}_workers": sorted(seconds) for number, seconds in rows.items()},
-        "reading_and_writing_s_per_gb": statistics.median(reading) / num_bytes * 1e9,
+        "largest_share_of_others": max(foreign),
         "speedup": medians[1] / medians[workers],
     }
 
@@ -106,10 +140,8 @@ def main() -> int:
     """Measure, print, save; 1 when more workers gain too little."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--megabytes", type=int, default=48, help="text to prepare; the byte tokenizer gets 8 times that"
-    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--megabytes", type=int, default=12, help="text for the slowest tokenizer; others get more")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
@@ -118,7 +150,7 @@ def main() -> int:
         names = make_tokenizers(Path(folder), texts[::10])
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
         for name, tokenizer in [*names.items(), ("hf, gzip", names["hf"])]:
-            content = lines * max(1, round(arguments.megabytes * (8 if name == "byte" else 1) * 1e6 / len(lines)))
+            content = lines * max(1, round(arguments.megabytes * TIMES_THE_TEXT.get(name, 1) * 1e6 / len(lines)))
             source = Path(folder) / ("x.jsonl.gz" if "gzip" in name else "x.jsonl")
             source.write_bytes(gzip.compress(content, 6) if "gzip" in name else content)
             found = compare(source, len(content), tokenizer, arguments.workers, arguments.rounds)
@@ -130,7 +162,7 @@ def main() -> int:
         from engine import describe_machine
 
         versions = {library: metadata.version(library) for library in LIBRARIES}
-        machine = {**describe_machine(), **versions, "cores": len(os.sched_getaffinity(0))}
+        machine = {**describe_machine(), **versions, "cores": NUM_CORES}
         arguments.out.write_text(json.dumps({**machine, **figures}, indent=1) + "\n")
     # Bytes need no work worth sharing; they are shown for the speed of reading and writing.
     return int(any(found["speedup"] < LEAST_SPEEDUP for name, found in figures.items() if name != "byte"))
