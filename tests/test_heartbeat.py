@@ -8,6 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from full_disk import full_disk
+from mempar.errors import MemparError
 from mempar.runtime.launch.heartbeat import Heartbeat, Phase, read_signs, stack_of
 
 # A mark takes 1 us on one core of a 2.x GHz Xeon, November 2026; the limit leaves room for a busy machine.
@@ -68,3 +72,9 @@ def test_sign_costs_next_to_nothing(tmp_path: Path, note_figure: Callable[[str, 
     seconds = (time.perf_counter() - started) / 1000
     note_figure("microseconds of a sign of life", seconds * 1e6)
     assert seconds < MOST_SECONDS_A_MARK
+
+
+def test_full_disk_is_told_of_in_one_message(tmp_path: Path) -> None:
+    with pytest.raises(MemparError, match=r"\.life cannot be written \(.+\); .*; make room"), full_disk():
+        Heartbeat(tmp_path / "ranks")
+    assert read_signs(tmp_path / "ranks") == []

@@ -8,7 +8,9 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -78,6 +80,42 @@ def test_worker_refuses_a_missing_directory_with_status_2(
     monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "none")])
     assert worker.main() == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def fake_worker(directory: Path, preexec: Callable[[], None] | None = None) -> tuple[int, str]:
+    """Status and words of a rank whose launcher is this process."""
+    command = [sys.executable, str(TESTS / "fake_rank.py"), str(directory), "--launcher", str(os.getpid()), "--rank=0"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, preexec_fn=preexec)
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("act", "status", "said"),
+    [
+        ("refuse", 2, r"mempar: model.hidden_size=7 is odd; it must be even; use 8\.\n"),
+        ("raise", 1, r"Traceback (?!.*During handling).*\nValueError: a number went missing\n\n"),
+    ],
+)
+def test_rank_says_itself_what_it_cannot_leave_behind(tmp_path: Path, act: str, status: int, said: str) -> None:
+    (tmp_path / "act.json").write_text(json.dumps([act]))
+    # In the place of the file that it would write for its launcher.
+    (tmp_path / "ranks" / "rank_00000.failed.txt").mkdir(parents=True)
+    returned, words = fake_worker(tmp_path)
+    assert returned == status
+    assert re.fullmatch(said, words, re.DOTALL), words
+
+
+def test_rank_on_a_full_disk_ends_with_one_message(tmp_path: Path) -> None:
+    returned, words = fake_worker(tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert returned == 1
+    assert re.fullmatch(r"mempar: \S+\.life cannot be written \(.+\); .* continue with --resume\.\n", words), words
+
+
+def test_launch_refuses_where_ranks_cannot_give_signs(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()))
+    (tmp_path / "ranks").touch()
+    with pytest.raises(MemparError, match=r"ranks cannot be written \(.+\); ranks give signs of life there"):
+        launch.launch_local(tmp_path, 1, None, print)
 
 
 def test_launch_passes_on_that_ranks_refused(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from full_disk import full_disk
 from mempar.errors import ConfigError
 from mempar.runtime.launch import lock
 from mempar.runtime.launch.lock import RunLock, share_lock
@@ -85,4 +86,18 @@ def test_file_system_without_locks_is_told_of(monkeypatch: pytest.MonkeyPatch, t
 def test_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"), RunLock(tmp_path / "file" / "run", print):
+        pass
+
+
+def test_full_disk_is_refused_and_the_lock_given_back(tmp_path: Path) -> None:
+    said = r"run cannot be written \(.+\); .*; make room there, or choose"
+    with pytest.raises(ConfigError, match=said), full_disk(), RunLock(tmp_path / "run", print):
+        pass
+    with RunLock(tmp_path / "run", print):
+        assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_lock_of_the_ranks_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lock.ranks").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot be written \(Is a directory\)"), RunLock(tmp_path, print):
         pass

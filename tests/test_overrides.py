@@ -170,6 +170,30 @@ def test_yaml_is_refused_when_malformed(tmp_path: Path, content: bytes, message:
         load_yaml(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ("name: ${oc.env:MEMPAR_SECRET}", "name"),
+        ('data: {tokenizer: "\\x24{oc.env:MEMPAR_SECRET}"}', r"data\.tokenizer"),
+        ("data: {paths: [a, 'b/${oc.env:MEMPAR_SECRET}']}", r"data\.paths\.1"),
+        ("more_memories: [{optimizer: '${oc.env:MEMPAR_SECRET}'}]", r"more_memories\.0\.optimizer"),
+        ("train: {steps: '${train.seed}'}", r"train\.steps"),
+        ("name: '${oc.env:MEMPAR_SECRET'", "name"),
+    ],
+)
+def test_yaml_is_refused_when_it_would_read_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, key: str
+) -> None:
+    monkeypatch.setenv("MEMPAR_SECRET", "hush")
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=rf"config\.yaml: {key} ") as failure:
+        load_yaml(path)
+    assert "hush" not in str(failure.value)
+    # Whose words the overrides are is known.
+    assert override(BASE, ["name=${oc.env:MEMPAR_SECRET}"]).name == "hush"
+
+
 def test_yaml_is_refused_when_missing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml does not exist"):
         load_yaml(tmp_path / "none.yaml")

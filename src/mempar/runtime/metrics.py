@@ -7,6 +7,8 @@ null; a held-out loss is `heldout_loss`, never `loss`. A row with `event` says w
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mempar.errors import MemparError
 
 # Dense bf16 peak of one device in TFLOP/s, from NVIDIA's data sheets (without sparsity).
 _PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "GH200": 989.0}
@@ -39,35 +43,66 @@ class MetricsLog:
         self._open(step, rollbacks)
 
     def _open(self, step: int, rollbacks: int) -> None:
-        # tensorboard's import costs a second: only the rank that writes pays it.
-        from torch.utils.tensorboard import SummaryWriter
-
         path = self._path
         kept = read_rows(path) if path.exists() else []
         kept = [row for row in kept if row["step"] <= step and row.get("rollbacks", 0) <= rollbacks]
         # Rewritten aside, so that a crash here loses nothing.
         fresh = path.with_suffix(".partial")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        fresh.replace(path)
-        self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(path.parent), purge_step=step + 1 if step else None)
+        with _writing(path):
+            fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            fresh.replace(path)
+            self._file = path.open("a", buffering=1)
+        # tensorboard's import costs a second: only the rank that writes pays it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        with _writing(self._events):
+            self._board = SummaryWriter(str(path.parent), purge_step=step + 1 if step else None)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one object; it has a `step`."""
+        """Append one object; it has a `step`.
+
+        Raises:
+            MemparError: when it cannot be written; what TensorBoard could not write may come to light steps later.
+        """
         # JSON has no infinities and no NaN.
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in row.items()
         }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        for name, value in finite.items():
-            if name != "step" and isinstance(value, int | float) and "event" not in row:
-                self._board.add_scalar(name, value, row["step"])
+        with _writing(self._path):
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        with _writing(self._events):
+            for name, value in finite.items():
+                if name != "step" and isinstance(value, int | float) and "event" not in row:
+                    self._board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        """Flush and close."""
-        self._file.close()
-        self._board.close()
+        """Flush and close.
+
+        Raises:
+            MemparError: when what is left to be written cannot be.
+        """
+        with _writing(self._path):
+            self._file.close()
+        with _writing(self._events):
+            self._board.close()
+
+    @property
+    def _events(self) -> Path:
+        """TensorBoard's files, for messages; it names them itself."""
+        return self._path.parent / "events.out.tfevents*"
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write a file into the message about it."""
+    try:
+        yield
+    except OSError as error:
+        raise MemparError(
+            f"{path} cannot be written ({error.strerror or error}); a run writes its numbers there at every step; make "
+            "room or see to the disk, and continue with --resume."
+        ) from None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -42,18 +42,26 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
 
 
 def load_yaml(path: Path) -> RunConfig:
-    """Read a run's config from a YAML file such as the `config.yaml` of a run's directory."""
+    """Read a run's config from a YAML file such as the `config.yaml` of a run's directory.
+
+    The file may come with a checkpoint of unknown origin, so values are taken as they are written: `${...}`, which
+    would read the environment or other settings, is refused, in recipes too. Only overrides may hold it.
+
+    Raises:
+        ConfigError: when the file is missing, is no mapping of known settings, or holds an interpolation.
+    """
     try:
-        given = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        given = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; name a recipe or an existing YAML file.") from None
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or "a value"
-        raise ConfigError(f"{path}: {where} cannot be resolved ({_one_line(error)}); write plain values.") from None
+        raise ConfigError(f"{path}: {where} cannot be read ({_one_line(error)}); write plain values.") from None
     except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as YAML ({_one_line(error)}); mend the file.") from None
     if not isinstance(given, dict):
         raise ConfigError(f"{path} holds no settings; a config is a mapping of sections; see `mempar recipes NAME`.")
+    _refuse_interpolations(given, "", path)
     default = RunConfig()
     schema = _open_schema(default)
     for section, settings in ((str(name), settings) for name, settings in given.items()):
@@ -73,6 +81,19 @@ def load_yaml(path: Path) -> RunConfig:
             nested = {section: {name: value}}
             _set(schema, lambda nested=nested: OmegaConf.create(nested), key, str(path), default)
     return _freeze(schema)
+
+
+def _refuse_interpolations(value: Any, key: str, path: Path) -> None:
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            _refuse_interpolations(item, f"{key}.{name}" if key else str(name), path)
+    # OmegaConf takes every text with these two characters for an interpolation.
+    elif isinstance(value, str) and "${" in value:
+        raise ConfigError(
+            f"{path}: {key} is {value!r}; a file's values are taken as they are written, and ${{...}} is read nowhere; "
+            "write the value itself, or give it as KEY=VALUE."
+        )
 
 
 def to_yaml(config: RunConfig) -> str:

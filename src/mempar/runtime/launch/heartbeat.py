@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from mempar.errors import MemparError
+
 _SUFFIX, _STACK_SUFFIX = ".life", ".stack"
 # Rank, process, step, phase, number of marks; time of the last sign, time of the last mark; host.
 _RECORD = struct.Struct("<5q2d64s")
@@ -79,24 +81,25 @@ class Heartbeat:
 
         Args:
             directory: where the launcher looks for signs; None gives them to nobody.
+
+        Raises:
+            MemparError: when nothing can be written there.
         """
         self.path: Path | None = None
         host, pid = socket.gethostname(), os.getpid()
         if directory is None:
             self._page = mmap.mmap(-1, _RECORD.size)
         else:
-            directory.mkdir(parents=True, exist_ok=True)
             self.path = directory / f"{host}-{pid}{_SUFFIX}"
-            # Whoever sees the file finds a whole record in it.
-            aside = self.path.with_suffix(".partial")
-            aside.write_bytes(bytes(_RECORD.size))
-            with aside.open("r+b") as file:
-                self._page = mmap.mmap(file.fileno(), _RECORD.size)
+            try:
+                self._page = _map_aside(self.path)
+            except OSError as error:
+                raise not_writable(self.path, error) from None
         now = time.time()
         _RECORD.pack_into(self._page, 0, -1, pid, 0, Phase.STARTING, 0, now, now, host.encode()[:64])
         self._num_marks = 0
         if self.path is not None:
-            self.path.with_suffix(".partial").rename(self.path)
+            _aside(self.path).rename(self.path)
 
     @property
     def stack_path(self) -> Path | None:
@@ -139,6 +142,26 @@ def stack_of(directory: Path, sign: Sign) -> str:
     """Name the file in which a rank wrote where it was, when it was asked to; empty if it did not."""
     path = directory / f"{sign.host}-{sign.pid}{_STACK_SUFFIX}"
     return str(path) if path.is_file() and path.stat().st_size else ""
+
+
+def not_writable(path: Path, error: OSError) -> MemparError:
+    """Say that signs of life cannot be given."""
+    return MemparError(
+        f"{path} cannot be written ({error.strerror}); ranks give signs of life there; make room or see to the disk, "
+        "and continue with --resume."
+    )
+
+
+def _aside(path: Path) -> Path:
+    return path.with_suffix(".partial")
+
+
+def _map_aside(path: Path) -> mmap.mmap:
+    """Map a record that gets its name later: whoever sees the file finds a whole record in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _aside(path).write_bytes(bytes(_RECORD.size))
+    with _aside(path).open("r+b") as file:
+        return mmap.mmap(file.fileno(), _RECORD.size)
 
 
 def _unpack(record: bytes) -> Sign:

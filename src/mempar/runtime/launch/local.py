@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mempar.errors import MemparError
 from mempar.runtime.launch.endings import BEFORE_STEPS, RankEnd, diagnose
+from mempar.runtime.launch.heartbeat import not_writable
 from mempar.runtime.launch.stopping import heed_signals
 from mempar.runtime.launch.supervisor import Supervisor
 from mempar.runtime.overrides import load_yaml
@@ -58,7 +59,10 @@ def launch_local(
     paths = RunDir(directory)
     timeout = load_yaml(paths.config).train.collective_timeout
     shutil.rmtree(paths.ranks, ignore_errors=True)
-    paths.ranks.mkdir(exist_ok=True)
+    try:
+        paths.ranks.mkdir(exist_ok=True)
+    except OSError as error:
+        raise not_writable(paths.ranks, error) from None
     arguments = [
         "-m",
         worker,

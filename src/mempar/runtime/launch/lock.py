@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -49,10 +50,7 @@ class RunLock:
             self._root.mkdir(parents=True, exist_ok=True)
             file = (self._root / LOCK_NAME).open("a+")
         except OSError as error:
-            raise ConfigError(
-                f"{self._root} cannot be written ({error.strerror}); a run needs a writable directory; choose another "
-                "--out."
-            ) from None
+            raise self._not_writable(error) from None
         until = time.monotonic() + _PATIENCE_SECONDS
         try:
             self._wait_for(file, until, "")
@@ -60,7 +58,8 @@ class RunLock:
                 self._wait_for(ranks, until, "the ranks of ")
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
-                raise
+                file.close()
+                raise self._not_writable(error) from None
             self._say(
                 f"warning: {self._root} lies on a file system without locks ({error.strerror}): nothing keeps a second "
                 "run from writing there; see that there is none."
@@ -68,11 +67,14 @@ class RunLock:
         except BaseException:
             file.close()
             raise
+        try:
+            self._sign(file)
+        except OSError as error:
+            # What could not be written is still in its buffer, and closing tries again.
+            with suppress(OSError):
+                file.close()
+            raise self._not_writable(error) from None
         self._file = file
-        file.truncate(0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}) + "\n")
-        file.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -80,6 +82,18 @@ class RunLock:
         """Give it back."""
         if self._file is not None:
             self._file.close()
+
+    def _sign(self, file: IO[str]) -> None:
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}) + "\n")
+        file.flush()
+
+    def _not_writable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"{self._root} cannot be written ({error.strerror}); a run needs a writable directory with room; make room "
+            "there, or choose another --out."
+        )
 
     def _wait_for(self, file: IO[str], until: float, whose: str) -> None:
         while True:

@@ -79,21 +79,25 @@ def main() -> int:
     paths = RunDir(given.directory)
     die_with(given.launcher)
     exists = paths.root.is_dir()
-    heartbeat, stopping = Heartbeat(paths.ranks if exists else None), Stopping()
+    try:
+        heartbeat, stopping = Heartbeat(paths.ranks if exists else None), Stopping()
+    except MemparError as error:
+        print(f"mempar: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
     heartbeat.identify(given.rank)
     with heed_signals(stopping.wish):
         lock = share_lock(paths.root)
-        if heartbeat.stack_path is not None:
-            # Works in native code too, where handlers in Python have to wait.
-            faulthandler.register(signal.SIGUSR1, file=heartbeat.stack_path.open("w"))
         try:
+            if heartbeat.stack_path is not None:
+                # Works in native code too, where handlers in Python have to wait.
+                faulthandler.register(signal.SIGUSR1, file=heartbeat.stack_path.open("w"))
             run_rank(paths, given.load, given.launched or time.time(), stopping, heartbeat)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
         except Exception as error:
-            failure = record_failure(paths.ranks, heartbeat.sign.rank, error) if exists else None
+            recorded = exists and _is_recorded(paths.ranks, heartbeat.sign.rank, error)
             told = isinstance(error, MemparError)
-            if not given.launcher or failure is None:
+            if not given.launcher or not recorded:
                 # Nobody else will.
                 print(f"mempar: {error}" if told else traceback.format_exc(), file=sys.stderr, flush=True)
             return error.exit_status if told else 1
@@ -102,6 +106,15 @@ def main() -> int:
             if lock is not None:
                 lock.close()
     return 0
+
+
+def _is_recorded(directory: Path, rank: int, error: Exception) -> bool:
+    """Leave behind what this rank raised, if the disk takes it: what fills it must not hide what went wrong."""
+    try:
+        record_failure(directory, rank, error)
+    except OSError:
+        return False
+    return True
 
 
 def leave(status: int) -> None:
