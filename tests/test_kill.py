@@ -1,6 +1,11 @@
-"""SIGKILL around saves: the newest whole checkpoint always loads, and the run goes on exactly (laws 5 and 7)."""
+"""SIGKILL around saves: the newest whole checkpoint always loads, and the run goes on exactly (laws 5 and 7).
+
+`make soak` kills fifty times and leaves what it saw in benchmarks/results/.
+"""
 
 import dataclasses
+import datetime
+import json
 import os
 import random
 import signal
@@ -24,6 +29,7 @@ from test_train import paths, toy, train
 
 __all__ = ["paths"]
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MEMPAR = Path(sys.executable).with_name("mempar")
 NUMBERS = ("step", "loss", "grad_norm", "memory_grad_norm", "tokens")
 # A save of this run takes a few hundredths of a second.
@@ -68,7 +74,8 @@ def kill_around_a_save(recipe: Path, root: Path, draw: random.Random, number: in
         process.communicate()
 
 
-def kill_again_and_again(pool: RankPool, paths: tuple[str, ...], root: Path, kills: int) -> None:
+def kill_again_and_again(pool: RankPool, paths: tuple[str, ...], root: Path, kills: int) -> dict[str, int]:
+    """Kill a run and go on with it, and compare it in the end with one that was let alone; returns what was seen."""
     draw = random.Random()
     seed = draw.randrange(2**32)
     print(f"seed {seed}")
@@ -99,6 +106,7 @@ def kill_again_and_again(pool: RankPool, paths: tuple[str, ...], root: Path, kil
     found = [[row[name] for name in NUMBERS] for row in read_rows(directory.metrics) if "loss" in row]
     whole = train(pool, saving_always(paths, steps + 2), root / "whole")
     assert found == [[row[name] for name in NUMBERS] for row in whole]
+    return {"seed": seed, "kills": kills, "left_unfinished": unfinished, "steps": steps + 2}
 
 
 def test_killed_run_goes_on_exactly(pool: RankPool, paths: tuple[str, ...], tmp_path: Path) -> None:
@@ -107,4 +115,8 @@ def test_killed_run_goes_on_exactly(pool: RankPool, paths: tuple[str, ...], tmp_
 
 @pytest.mark.soak
 def test_run_killed_fifty_times_goes_on_exactly(pool: RankPool, paths: tuple[str, ...], tmp_path: Path) -> None:
-    kill_again_and_again(pool, paths, tmp_path, 50)
+    seen = kill_again_and_again(pool, paths, tmp_path, 50)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True, check=False)
+    today = datetime.date.today().isoformat()
+    report = {"date": today, "commit": commit.stdout.strip(), "cores": os.cpu_count(), **seen}
+    (RESULTS / f"kill-soak-{today}.json").write_text(json.dumps(report, indent=1) + "\n")
