@@ -1,6 +1,6 @@
 """Speed of `mempar prepare` with one worker and with several, in MB of text a second.
 
-    python benchmarks/prepare.py [--workers 2] [--rounds 3] [--megabytes 12] [--out benchmarks/results/prepare-cpu.json]
+    python benchmarks/prepare.py [--workers 2] [--rounds 3] [--megabytes 24] [--out benchmarks/results/prepare-cpu.json]
 
 The text is the built-in corpus (documentation, sources and character names of Python) as JSON lines, plain and
 compressed, repeated to the size asked for, without a tokenizer to fetch: a byte-level BPE of 8192 tokens
@@ -30,7 +30,7 @@ from typing import Any
 from mempar.tools.stdlib_corpus import documents
 
 LEAST_SPEEDUP = 1.6
-# So that all take about as long, ten seconds with one worker and 12 MB: the command takes most of a second to start.
+# So that all take about as long, a quarter of a minute with one worker and 24 MB: starting takes most of a second.
 TIMES_THE_TEXT = {"sentencepiece": 4, "tiktoken": 6, "byte": 16}
 PROGRAM = "from mempar.cli import main; main()"
 MOST_FOREIGN_SHARE = 0.05
@@ -141,7 +141,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--megabytes", type=int, default=12, help="text for the slowest tokenizer; others get more")
+    parser.add_argument("--megabytes", type=int, default=24, help="text for the slowest tokenizer; others get more")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
