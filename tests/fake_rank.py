@@ -25,6 +25,8 @@ def act(paths: RunDir, load: Path | None, launched: float, stopping: Stopping, h
         time.sleep(60.0)
     if what == "refuse":
         raise ConfigError("model.hidden_size=7 is odd; it must be even; use 8.")
+    if what == "show environment":
+        (paths.root / f"policy_{rank}").write_text(os.environ.get("OMP_WAIT_POLICY", "none"))
     step = 41 if rank == 0 else 40
     heartbeat.mark(Phase.FORWARD_BACKWARD, step)
     if what == "kill":

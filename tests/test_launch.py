@@ -128,6 +128,24 @@ def test_launch_passes_on_that_ranks_refused(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(("before", "within"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_ranks_wait_without_spinning_and_the_launcher_keeps_its_environment(
+    start: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    before: str | None,
+    within: str,
+    num_ranks: int,
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if before is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    start(*["show environment"] * num_ranks)
+    assert [(tmp_path / f"policy_{rank}").read_text() for rank in range(num_ranks)] == [within] * num_ranks
+    assert os.environ.get("OMP_WAIT_POLICY") == before
+
+
 def test_launch_names_the_status_of_a_rank_that_never_began(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()))
     monkeypatch.setattr(sys, "executable", "/bin/false")

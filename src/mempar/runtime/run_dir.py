@@ -18,6 +18,7 @@ from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
 from mempar.runtime.checkpoint.retention import checkpoints_in, step_of
 from mempar.runtime.config import RunConfig
+from mempar.runtime.durable import replace_file
 from mempar.runtime.launch.lock import LOCK_NAME, RANKS_LOCK_NAME
 from mempar.runtime.overrides import load_yaml, to_yaml
 
@@ -108,13 +109,11 @@ def open_existing(root: Path, run: RunConfig) -> RunDir:
 def _write_config(directory: RunDir, run: RunConfig) -> None:
     try:
         directory.checkpoints.mkdir(parents=True, exist_ok=True)
-        aside = directory.config.with_suffix(".partial")
-        aside.write_text(to_yaml(run))
-        aside.replace(directory.config)
+        replace_file(directory.config, to_yaml(run).encode())
     except OSError as error:
         raise ConfigError(
-            f"{directory.root} cannot be written ({error.strerror}); a run needs a writable directory; choose "
-            "another --out."
+            f"{directory.root} cannot be written ({error.strerror}); a run needs a writable directory with "
+            "room; make room there, or choose another --out."
         ) from None
 
 

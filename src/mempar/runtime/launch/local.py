@@ -25,6 +25,10 @@ from mempar.runtime.overrides import load_yaml
 from mempar.runtime.run_dir import RunDir
 
 _WORKER = "mempar.runtime.launch.worker"
+# Threads that wait by spinning starve each other where cores are shared: a step takes many times as long when one other
+# process is busy. libgomp reads this when torch is loaded. A shell that becomes the rank sets it, as the agent takes a
+# command and no environment, and this process keeps its own; what the user has set stays.
+_AS_RANK = ("sh", "-c", 'export OMP_WAIT_POLICY="${OMP_WAIT_POLICY-PASSIVE}"; exec "$@"', "sh")
 
 
 def launch_local(
@@ -53,9 +57,6 @@ def launch_local(
         MemparError: when a rank failed, with the one message.
         KeyboardInterrupt: at the second SIGINT.
     """
-    # Threads that wait by spinning starve each other where cores are shared: a step takes many times as
-    # long when one other process is busy. libgomp reads this when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     paths = RunDir(directory)
     timeout = load_yaml(paths.config).train.collective_timeout
     shutil.rmtree(paths.ranks, ignore_errors=True)
@@ -88,7 +89,7 @@ def launch_local(
 
 def _run_one(arguments: list[str]) -> dict[int, int]:
     # A session of its own, as the agent's ranks have: ^C reaches the launcher alone, which passes it on.
-    with subprocess.Popen([sys.executable, *arguments, "--rank", "0"], start_new_session=True) as process:
+    with subprocess.Popen([*_AS_RANK, sys.executable, *arguments, "--rank", "0"], start_new_session=True) as process:
         return {0: process.wait()}
 
 
@@ -117,7 +118,8 @@ def _run_with_agent(arguments: list[str], num_ranks: int, run_id: str) -> dict[i
     )
     try:
         # With one host the number on this machine is that in the world.
-        elastic_launch(config, sys.executable)(*arguments, "--rank", macros.local_rank)
+        shell, *options = _AS_RANK
+        elastic_launch(config, shell)(*options, sys.executable, *arguments, "--rank", macros.local_rank)
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
     except SignalException as error:

@@ -24,6 +24,7 @@ import xxhash
 
 from mempar.errors import ConfigError
 from mempar.runtime.data.manifest import DataManifest, FileSum
+from mempar.runtime.durable import replace_file, sync_directory
 from mempar.tools.prepare.encoding import Encoded
 from mempar.tools.prepare.index import write_index
 from mempar.tools.prepare.segments import Position
@@ -146,10 +147,7 @@ class Partial:
             bin=FileSum(num_bytes=num_bytes, xxh3_128=self._checksum.hexdigest()),
             idx=index,
         )
-        with (self.directory / "json").open("w") as stream:
-            stream.write(manifest.to_json())
-            stream.flush()
-            os.fsync(stream.fileno())
+        replace_file(self.directory / "json", manifest.to_json().encode())
         os.replace(self.directory / "tokens", self.directory / "bin")
         self.publish()
         return manifest
@@ -160,9 +158,7 @@ class Partial:
             path = self.directory / suffix
             if path.exists():
                 os.replace(path, f"{self.prefix}.{suffix}")
-        descriptor = os.open(self.prefix.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync_directory(self.prefix.parent)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _take_lock(self) -> None:
@@ -182,9 +178,7 @@ class Partial:
         else:
             # Nothing has been done yet, for whatever command.
             before = command
-            aside = path.with_suffix(".aside")
-            aside.write_text(json.dumps(command, indent=1) + "\n")
-            aside.replace(path)
+            replace_file(path, (json.dumps(command, indent=1) + "\n").encode())
         if before != command:
             keys = [key for key in command if before.get(key) != command[key]]
             raise ConfigError(
