@@ -44,10 +44,10 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.steps=100.")
     ] = None,
     nproc: Annotated[
-        int | None, typer.Option(help="Ranks on this machine.  [default: pp * lcm(tp*cp, mp)]", show_default=False)
+        int | None, typer.Option(help="Ranks on this machine.  \\[default: pp * lcm(tp*cp, mp)]", show_default=False)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Directory of the run.  [default: runs/NAME-TIME]", show_default=False)
+        Path | None, typer.Option(help="Directory of the run.  \\[default: runs/NAME-TIME]", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, in this layout.")] = False,
     start_from: Annotated[

@@ -72,7 +72,7 @@ def read_config(manifest: Manifest) -> RunConfig:
     try:
         return load_yaml(path)
     except ConfigError as error:
-        raise CheckpointError(f"{path} is of another version of mempar: {error}") from None
+        raise CheckpointError(f"{path} is not of this version of mempar: {error}") from None
 
 
 def check_config(checkpoint: Path, saved: RunConfig, run: RunConfig) -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from mempar.runtime.checkpoint.manifest import MANIFEST
+from mempar.runtime.durable import sync_directory
 
 # What is being written, and what is being deleted, has another name than a checkpoint.
 PARTIAL, _DISCARDED = ".partial", ".discarded"
@@ -82,12 +83,3 @@ def remove_leftovers(directory: Path, but_must: Path) -> None:
     for suffix in (PARTIAL, _DISCARDED):
         for left in directory.glob(f"step_*{suffix}"):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory outlast a crash of the machine."""
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -38,9 +38,10 @@ from mempar.runtime.checkpoint.manifest import (
 )
 from mempar.runtime.checkpoint.names import is_optimizer_state
 from mempar.runtime.checkpoint.parts import Parts, collect_parts
-from mempar.runtime.checkpoint.retention import PARTIAL, remove_leftovers, replace_directory, sync_directory
+from mempar.runtime.checkpoint.retention import PARTIAL, remove_leftovers, replace_directory
 from mempar.runtime.checkpoint.together import as_told, on_main, raise_together, wait_for_all
 from mempar.runtime.config import RunConfig
+from mempar.runtime.durable import sync_directory
 from mempar.runtime.layout_report import layout_sizes
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
