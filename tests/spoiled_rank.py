@@ -13,10 +13,10 @@ from mempar.runtime.model import Model
 check_copies = train.check_copies
 
 
-def spoil_and_check(run: RunConfig, model: Model, optimizers: Any, step: int) -> None:
+def spoil_and_check(run: RunConfig, model: Model, optimizers: Any, step: int, *, saving: bool = False) -> None:
     if step == 2 and dist.get_rank() == 1:
         model.tables[0].shard.values[7, 3] += 1.0
-    check_copies(run, model, optimizers, step)
+    check_copies(run, model, optimizers, step, saving=saving)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from mempar.runtime.checkpoint.manifest import MANIFEST
-from mempar.runtime.durable import sync_directory
+from mempar.runtime.durable import sync
 
 # What is being written, and what is being deleted, has another name than a checkpoint.
 PARTIAL, _DISCARDED = ".partial", ".discarded"
@@ -64,7 +64,7 @@ def replace_directory(new: Path, path: Path) -> None:
         raise
     # It is there; some file systems do not sync directories.
     with contextlib.suppress(OSError):
-        sync_directory(path.parent)
+        sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

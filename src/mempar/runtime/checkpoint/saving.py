@@ -41,7 +41,7 @@ from mempar.runtime.checkpoint.parts import Parts, collect_parts
 from mempar.runtime.checkpoint.retention import PARTIAL, remove_leftovers, replace_directory
 from mempar.runtime.checkpoint.together import as_told, on_main, raise_together, wait_for_all
 from mempar.runtime.config import RunConfig
-from mempar.runtime.durable import sync_directory
+from mempar.runtime.durable import sync
 from mempar.runtime.layout_report import layout_sizes
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
@@ -172,12 +172,15 @@ class Save:
                     record, digest = shard_file.write_shard_file(self.partial, box, tensor, block_rows, pool.map)
                     self.written.files.append(record)
                     self.written.add(box.name, box, kind, digest)
-            record, digests, objects = torch_dist.write_rank_file(
+            rank_file, digests, objects = torch_dist.write_rank_file(
                 self.partial, self.world.rank, parts.dense, parts.objects, self.run.checkpoint.block_bytes
             )
-            if record is not None:
-                self.written.files.append(record)
-                self.written.objects[record.path] = objects
+            if rank_file is not None:
+                self.written.files.append(rank_file)
+                self.written.objects[rank_file.path] = objects
+            # All at the end: the kernel has been writing while later files were made.
+            for record in self.written.files:
+                sync(self.partial / record.path)
             boxes = {box.name: box for box, _ in parts.dense}
             for name, digest in digests.items():
                 self.written.add(name, boxes[name], OPTIMIZER if is_optimizer_state(name) else WEIGHTS, digest)
@@ -227,7 +230,7 @@ class Save:
         )
         torch_dist.write_small_file(self.partial, MANIFEST, write_manifest(manifest))
         for directory, _, _ in os.walk(self.partial):
-            sync_directory(Path(directory))
+            sync(Path(directory))
         return manifest.num_bytes
 
 

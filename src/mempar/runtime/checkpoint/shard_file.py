@@ -49,7 +49,7 @@ def dtype_of(box: Box) -> torch.dtype:
 def write_shard_file(
     directory: Path, box: Box, tensor: Tensor, block_rows: int, each: Callable[..., Iterator]
 ) -> tuple[FileRecord, int]:
-    """Write a shard.
+    """Write a shard; the caller brings it to the disk.
 
     Args:
         directory: of the checkpoint.
@@ -83,7 +83,6 @@ def write_shard_file(
             return piece, int(digest_box(box.name, part, block.offset, block.shape))
 
         written = list(each(write_block, blocks))
-        os.fsync(file)
     finally:
         os.close(file)
     head = Piece(start=0, num_bytes=len(header), checksum=checksum(header))

@@ -51,7 +51,7 @@ def path_of(rank: int) -> str:
 def write_rank_file(
     directory: Path, rank: int, tensors: list[tuple[Box, Tensor]], objects: dict[str, bytes], block_bytes: int
 ) -> tuple[FileRecord | None, dict[str, int], Objects]:
-    """Write what a rank holds.
+    """Write what a rank holds; the caller brings it to the disk.
 
     Args:
         directory: of the checkpoint.
@@ -90,8 +90,6 @@ def write_rank_file(
                 name = canonical(box.name)
                 digests[box.name] = digests.get(box.name, 0) + int(digest_box(name, part, box.offset, box.shape))
                 append(saved(part), box)
-        file.flush()
-        os.fsync(file.fileno())
     return FileRecord(path=path_of(rank), pieces=tuple(pieces)), digests, places
 
 

@@ -24,7 +24,7 @@ import xxhash
 
 from mempar.errors import ConfigError
 from mempar.runtime.data.manifest import DataManifest, FileSum
-from mempar.runtime.durable import replace_file, sync_directory
+from mempar.runtime.durable import replace_file, sync
 from mempar.tools.prepare.encoding import Encoded
 from mempar.tools.prepare.index import write_index
 from mempar.tools.prepare.segments import Position
@@ -158,7 +158,7 @@ class Partial:
             path = self.directory / suffix
             if path.exists():
                 os.replace(path, f"{self.prefix}.{suffix}")
-        sync_directory(self.prefix.parent)
+        sync(self.prefix.parent)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _take_lock(self) -> None:
