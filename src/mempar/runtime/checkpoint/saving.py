@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import mempar
 from mempar.errors import MemparError
 from mempar.runtime.bringup import World
@@ -166,8 +168,11 @@ class Save:
         """Write this rank's files, in a thread of its own."""
         if parts is None:
             return
+        # Threads of one thread each: teams of them would wait for each other, and for those of training.
+        torch.set_num_threads(1)
+        threads = self.run.checkpoint.threads
         try:
-            with ThreadPoolExecutor(self.run.checkpoint.threads) as pool:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 for kind, box, tensor, block_rows in parts.shards:
                     record, digest = shard_file.write_shard_file(self.partial, box, tensor, block_rows, pool.map)
                     self.written.files.append(record)

@@ -16,20 +16,20 @@ import torch.distributed as dist
 from mempar.errors import MemparError
 from mempar.runtime.bringup import World
 
-# Between two meetings, growing from the one to the other.
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.001, 1.0
+# Between two meetings ranks sleep for a share of the time that they have waited, so that little is lost in the end.
+_PAUSE_SHARE, _LEAST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.03, 0.001, 1.0
 
 
 def wait_for_all(world: World, is_done: Callable[[], bool]) -> None:
     """Wait until something is done on every rank, for as long as it takes; every rank must call it."""
-    pause = _FIRST_PAUSE_SECONDS
+    started = time.monotonic()
     while True:
         done = torch.tensor(float(is_done()), device=world.device)
         dist.all_reduce(done)
         if int(done) == world.size:
             return
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        waited = time.monotonic() - started
+        time.sleep(min(max(_PAUSE_SHARE * waited, _LEAST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS))
 
 
 def do_together(world: World, work: Callable[[], None]) -> None:
