@@ -25,7 +25,8 @@ from mempar.runtime.checkpoint.together import do_together
 from mempar.runtime.config import RunConfig
 from mempar.tools import verify
 from rank_pool import RankPool
-from toy import Session, load_into, save_checkpoint, toy_run
+from toy import Session, toy_run
+from toy_checkpoints import load_into, save_checkpoint
 
 PROGRESS = {"step": 2, "applied_steps": 2}
 # Of the flipped bytes that are drawn from all files.

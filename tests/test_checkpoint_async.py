@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from mempar.runtime.ballots import Ballots
 from mempar.runtime.bringup import lay_out, tear_down
 from mempar.runtime.checkpoint.config import CheckpointConfig
 from mempar.runtime.checkpoint.manifest import read_manifest
@@ -98,24 +97,3 @@ def test_an_asynchronous_save_that_fails_ends_the_run_and_leaves_the_one_before(
     with pytest.raises(AssertionError, match=r"step_00000004 cannot be written: rank 1: the disk is gone"):
         pool.run(2, train_slowly_written, str(directory.root), 0.0, 4)
     assert [path.name for path in directory.checkpoints.iterdir()] == ["step_00000002"]
-
-
-class Question:
-    def __init__(self, *numbers: float) -> None:
-        self.numbers, self.sums = list(numbers), [0.0]
-
-    def wishes(self) -> list[float]:
-        return self.numbers
-
-    def settle(self, sums: list[float]) -> None:
-        self.sums = sums
-
-
-def test_ballots_hand_each_question_its_own_sums() -> None:
-    first, second = Question(1.0, 2.0, 3.0), Question(4.0)
-    ballots = Ballots(first)
-    ballots.add(second)
-    assert ballots.wishes() == [1.0, 2.0, 3.0, 4.0]
-    ballots.settle([10.0, 20.0, 30.0, 40.0])
-    assert (first.sums, second.sums) == ([10.0, 20.0, 30.0], [40.0])
-    assert Ballots().wishes() == []

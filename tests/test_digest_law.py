@@ -16,7 +16,8 @@ from mempar.runtime.checkpoint.manifest import HISTORY, read_manifest
 from mempar.runtime.config import RunConfig
 from mempar.tools.verify import differences, examine
 from rank_pool import RankPool
-from toy import Session, load_into, save_checkpoint, toy_run
+from toy import Session, toy_run
+from toy_checkpoints import load_into, save_checkpoint
 
 MODELS: dict[str, dict[str, Any]] = {
     "memory_plus-row_adam": {"ragged": True, "extras": True},

@@ -24,7 +24,8 @@ from mempar.runtime.logical import logical_parameters
 from mempar.runtime.memory_mlp import MemoryMLP
 from mempar.runtime.model import transformer_config
 from rank_pool import RankPool
-from toy import TABLE, Session, batches_of, joined, load_into, save_checkpoint, toy_run, train
+from toy import TABLE, Session, batches_of, joined, toy_run, train
+from toy_checkpoints import load_into, save_checkpoint
 
 # What megatron holds split over tensor-parallel ranks, and along which dimension.
 SPLIT_PARAMETERS = {

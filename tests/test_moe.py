@@ -27,7 +27,8 @@ from mempar.runtime.optim import StepReport
 from mempar.runtime.placement import place
 from mempar.runtime.size import model_size
 from rank_pool import RankPool
-from toy import TABLE, VOCAB, Session, joined, load_into, save_checkpoint, toy_run, train
+from toy import TABLE, VOCAB, Session, joined, toy_run, train
+from toy_checkpoints import load_into, save_checkpoint
 
 TP2SP = {"tp": 2, "sequence_parallel": True}
 

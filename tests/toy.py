@@ -9,7 +9,6 @@ that were read. Nothing of the engine is changed for it: `Watched` overrides the
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,6 @@ from mempar.dims import TableSlice
 from mempar.memory.config import MemoryConfig
 from mempar.runtime import bringup, mcore
 from mempar.runtime.bringup import World
-from mempar.runtime.checkpoint.loading import HISTORY_SINCE, load_checkpoint
-from mempar.runtime.checkpoint.manifest import read_manifest
-from mempar.runtime.checkpoint.saving import Save
 from mempar.runtime.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from mempar.runtime.data.samples import Batch, micro_batches
 from mempar.runtime.logical import LogicalParameter, logical_parameters, own_parameters
@@ -361,17 +357,6 @@ class History:
     parameters: dict[str, np.ndarray]
     trace: SlotTrace
     seen: list[Seen]
-
-
-def save_checkpoint(path: Path, run: RunConfig, session: Session, progress: dict[str, Any]) -> None:
-    """Save what a session holds; every rank calls it."""
-    meta = {"progress": progress, HISTORY_SINCE: dict.fromkeys(session.optimizers.histories, 0)}
-    Save(path, run, session.world, session.model, session.optimizers, meta).finish()
-
-
-def load_into(session: Session, path: Path) -> None:
-    """Load a checkpoint into a session; every rank calls it."""
-    load_checkpoint(read_manifest(path), session.world, session.model, session.optimizers)
 
 
 def joined(run: RunConfig, seen: list[Seen]) -> History:

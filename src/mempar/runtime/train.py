@@ -8,6 +8,7 @@ from mempar.runtime.bringup import World
 from mempar.runtime.checkpoint.accept import DATA
 from mempar.runtime.checkpoint.keeper import Keeper
 from mempar.runtime.checkpoint.loading import HISTORY_SINCE, load_checkpoint, open_together
+from mempar.runtime.checkpoint.together import on_main
 from mempar.runtime.config import RunConfig
 from mempar.runtime.copies import check_copies
 from mempar.runtime.data.check import data_identity, identity_differences
@@ -57,7 +58,8 @@ class Trainer:
         self.optimizers = Optimizers(run, world, self.model)
         self.stepper = Stepper(run, world, self.model, self.optimizers, self.stopping, self.heartbeat)
         self.progress = Progress()
-        self.data = data_identity(run)
+        # An index may be long: one rank reads it.
+        self.data = on_main(world, None, lambda said: data_identity(run))
         self.samples = Samples(run, run.data.paths, run.data.weights, run.train.seed)
         self.heldout = Heldout(run, world, self.stepper, self.model) if run.train.heldout_samples else None
         since: dict[str, int] = dict.fromkeys(run.memories, 0)

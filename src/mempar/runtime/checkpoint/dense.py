@@ -1,6 +1,5 @@
 """Dense parameters and their optimizers' state as parts of logical tensors, from megatron's sharded state dicts."""
 
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from mempar.runtime import mcore
 from mempar.runtime.checkpoint.boxes import Box
 from mempar.runtime.checkpoint.shard_file import dtype_name
+from mempar.runtime.checkpoint.torch_dist import saved
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
 
@@ -37,9 +37,7 @@ def dense_parts(model: Model, optimizers: Optimizers) -> tuple[list[tuple[Box, T
             assert data is not None
             parts.append((box, data.detach().contiguous().view(box.sizes)))
         else:
-            buffer = io.BytesIO()
-            torch.save([item.data], buffer)
-            objects[item.unique_key] = buffer.getvalue()
+            objects[item.unique_key] = bytes(saved([item.data]))
     return parts, objects, common
 
 

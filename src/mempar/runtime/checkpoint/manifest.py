@@ -30,7 +30,7 @@ CONFIG = "config.yaml"
 FORMAT = 2
 WEIGHTS, OPTIMIZER, HISTORY = "weights", "optimizer", "history"
 
-# A checkpoint of a million pieces has a manifest of a tenth of this.
+# A piece takes some 150 bytes: room for millions.
 _LARGEST_BYTES = 1 << 30
 # Counters of a run in `progress`, and those of them that every checkpoint has.
 _COUNTERS = ("step", "applied_steps", "tokens", "samples", "rollbacks", "skips_in_a_row")
@@ -241,9 +241,7 @@ def _decode(root: Path, body: dict[str, Any]) -> Manifest:
     files = {path: _decode_file(root, path, pieces, tensors) for path, pieces in body.pop("files").items()}
     progress = body.pop("progress")
     _check_progress(progress)
-    if not all(
-        isinstance(body.get(key, {}), dict) for key in ("layout", "data", "random", "versions", "history_since")
-    ):
+    if not all(isinstance(body.get(name, {}), dict) for name in _DESCRIPTIONS):
         raise TypeError("what describes the run is not described by names")
     manifest = Manifest(root=root, progress=progress, about=body, tensors=tensors, files=files)
     for name, record in tensors.items():

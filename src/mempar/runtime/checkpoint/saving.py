@@ -3,8 +3,8 @@
 1. Every rank says which parts of which tensors it would write; the main rank checks that they make up whole
    tensors and that there is room. Nothing has been written so far.
 2. Ranks write their files into `step_XXXXXXXX.partial`, computing checksums and digests on the way. No rank
-   waits for another one, and no number of a table moves between ranks. An asynchronous save copies what it
-   writes to host memory first, and writes in a thread.
+   waits for another one, and no number of a table moves between ranks. They write in a thread: beside training
+   if the save is asynchronous, from a copy in host memory, or else while the ranks wait for each other.
 3. When all ranks have written, the main rank adds what describes the checkpoint, the manifest last, and gives
    the directory its name.
 """
@@ -202,13 +202,12 @@ class Save:
                 raise _not_written(self.path, errors[0])
             num_bytes = self._describe(of_ranks)
             replace_directory(self.partial, self.path)
+            return num_bytes
         except OSError as error:
-            shutil.rmtree(self.partial, ignore_errors=True)
             raise _not_written(self.path, f"{error}; see to the disk") from None
-        except BaseException:
+        finally:
+            # It has another name by then if all went well.
             shutil.rmtree(self.partial, ignore_errors=True)
-            raise
-        return num_bytes
 
     def _describe(self, of_ranks: list[_Written]) -> int:
         files = [record for written in of_ranks for record in written.files]

@@ -177,8 +177,8 @@ def unusable(spec: TokenizerSpec, error: Exception) -> ConfigError:
     """The error to raise for a tokenizer whose file or name is of no use."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return ConfigError(
-        f"the tokenizer {spec} cannot be loaded ({reason}); it must be a file of its kind, or a name that is known and "
-        "that this machine can fetch or has in its cache; name the file of a whole tokenizer on this machine."
+        f"the tokenizer {spec} cannot be loaded ({reason}); it must be a file of its kind, or a known name that "
+        "can be downloaded or is in its cache; name the file of a whole tokenizer."
     )
 
 

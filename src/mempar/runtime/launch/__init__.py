@@ -7,4 +7,5 @@ heartbeat    signs of life, rank by rank
 supervisor   passes signals on and ends what does not end
 endings      tells causes from consequences, in one message
 lock         one writer in a run's directory
+parent       dying with one's parent
 """

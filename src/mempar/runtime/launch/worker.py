@@ -1,11 +1,10 @@
-"""One rank of a run: `python -m mempar.runtime.launch.worker RUN_DIR`, started by launch.py.
+"""One rank of a run: `python -m mempar.runtime.launch.worker RUN_DIR`, started by local.py.
 
 What a rank needs to end well comes before the seconds that importing torch takes: it dies with its launcher, gives
 signs of life, holds the run's lock and heeds signals.
 """
 
 import argparse
-import ctypes
 import faulthandler
 import os
 import signal
@@ -18,10 +17,9 @@ from mempar.errors import MemparError
 from mempar.runtime.launch.endings import record_failure
 from mempar.runtime.launch.heartbeat import Heartbeat
 from mempar.runtime.launch.lock import share_lock
+from mempar.runtime.launch.parent import die_with
 from mempar.runtime.launch.stopping import Stopping, heed_signals, ignore_signals
 from mempar.runtime.run_dir import RunDir
-
-_PR_SET_PDEATHSIG = 1
 
 
 def run_rank(paths: RunDir, load: Path | None, launched: float, stopping: Stopping, heartbeat: Heartbeat) -> None:
@@ -48,23 +46,6 @@ def run_rank(paths: RunDir, load: Path | None, launched: float, stopping: Stoppi
     Trainer(run, world, paths, load, stopping, heartbeat).train()
     bringup.tear_down(world)
     dist.destroy_process_group()
-
-
-def die_with(parent: int) -> None:
-    """Let the kernel kill this process when its parent dies.
-
-    The signal comes when the thread that started this process ends, so a launcher starts ranks from its main thread.
-    It does not reach children of this process: those call this for themselves.
-
-    Args:
-        parent: process that started this one; 0 if it is not known.
-    """
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if parent and os.getppid() != parent:
-        # It died before the call above, which is about later deaths.
-        os._exit(1)
 
 
 def main() -> int:

@@ -1,11 +1,8 @@
 """Encoding: batches of text as tokens, in this process or in several, always in order."""
 
-import ctypes
 import functools
 import multiprocessing
-import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,11 +14,11 @@ import numpy as np
 from mempar.errors import ConfigError, MemparError
 from mempar.runtime.data.encoders import Encoder, load_encoder
 from mempar.runtime.data.tokenizer import TokenizerSpec
+from mempar.runtime.launch.parent import die_with
 from mempar.tools.prepare.documents import Document, splitter
 from mempar.tools.prepare.inputs import FORMATS
 from mempar.tools.prepare.reading import Batch
 
-_PR_SET_PDEATHSIG = 1
 # Batches read ahead of the one that is written, for each worker; bounds the memory.
 _AHEAD = 3
 
@@ -179,12 +176,9 @@ def _next(waiting: deque[tuple[Batch, Future[Encoded]]]) -> tuple[Batch, Encoded
 
 
 def _start_worker() -> None:
-    if sys.platform == "linux":
-        # A worker must not outlive the command, which may have died before this line.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        parent = multiprocessing.parent_process()
-        if parent is not None and os.getppid() != parent.pid:
-            os._exit(1)
+    # A worker must not outlive the command.
+    parent = multiprocessing.parent_process()
+    die_with(parent.pid or 0 if parent is not None else 0)
     # The command's own process answers an interrupt.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
