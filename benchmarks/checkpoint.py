@@ -4,8 +4,8 @@
 
 One side after the other, alternating: a save (`Save`, to its manifest's fsync), a load into the same layout, and
 `cp -r --reflink=never` of the saved directory with an fsync of every file it made. Reported are median throughputs and
-their ratios to cp's. Then two runs of the same steps with one save among them, at once and asynchronous, against steps
-without: what the save adds to the steps around it, as a share of what it adds at once.
+their ratios to cp's. Then the same steps without a save, with one at once and with an asynchronous one, alternating:
+what each save adds to the steps around it.
 """
 
 import argparse
@@ -21,11 +21,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from engine import describe_machine, engine_stepper, make_run, on_ranks, random_batches
 
-# Steps that warm up, and steps that are measured on either side of a save: longer together than writing takes.
-STEPS = (2, 24)
+# Steps around a save: longer together than writing takes.
+STEPS = 16
+SAVES = ("at_once", "asynchronous")
+PROGRESS = {"step": 1, "applied_steps": 1}
 
 
 def checkpoint_run(num_subkeys: int, ranks: int, *, asynchronous: bool) -> Any:
@@ -62,10 +65,9 @@ def time_pairs(num_subkeys: int, ranks: int, pairs: int, directory: str) -> dict
     rank = world.rank
     path, copy = Path(directory) / "step_00000001", Path(directory) / "copy"
     times: dict[str, list[float]] = {"save": [], "load": [], "cp": [], "bytes": []}
-    progress = {"step": 1, "applied_steps": 1}
     for _ in range(pairs + 1):
         started = time.perf_counter()
-        Save(path, run, world, model, stepper.optimizers, {"progress": progress}).finish()
+        Save(path, run, world, model, stepper.optimizers, {"progress": PROGRESS}).finish()
         times["save"].append(sync_and_time(started))
         started = time.perf_counter()
         load_checkpoint(read_manifest(path), world, model, stepper.optimizers)
@@ -86,45 +88,45 @@ def time_pairs(num_subkeys: int, ranks: int, pairs: int, directory: str) -> dict
     return {side: of_side[1:] for side, of_side in times.items()}
 
 
-def time_steps(num_subkeys: int, ranks: int, directory: str, asynchronous: bool) -> dict[str, Any]:
-    """Seconds of steps around a save, and of the same number of steps without."""
+def time_steps(num_subkeys: int, ranks: int, pairs: int, directory: str) -> dict[str, list[float]]:
+    """Seconds that training takes for the same steps, alternating: without a save, with one at once, with one beside.
+
+    A save's seconds are those from its call to the end of the steps, or to its own end where that is later.
+    """
     from mempar.runtime import bringup
     from mempar.runtime.checkpoint.saving import Save
     from mempar.runtime.schedule import full_rates
 
-    run = checkpoint_run(num_subkeys, ranks, asynchronous=asynchronous)
+    runs = {name: checkpoint_run(num_subkeys, ranks, asynchronous=name == "asynchronous") for name in SAVES}
     bringup.join_world()
+    # As beside a GPU, training leaves a core to the writers.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks - 1))
+    run = runs["at_once"]
     world, model, stepper = engine_stepper(run)
     rank = world.rank
     batches = random_batches(run, world.placement.grid.dp_rank(rank), world.placement.grid.dp)
     path = Path(directory) / "step_00000001"
-
-    def steps(count: int) -> list[float]:
-        seconds = []
-        for _ in range(count):
+    times: dict[str, list[float]] = {side: [] for side in ("steps", *SAVES, *(f"{name}_blocks" for name in SAVES))}
+    for _ in range(pairs + 1):
+        for side in ("steps", *SAVES):
+            dist.barrier()
             started = time.perf_counter()
-            stepper.train(batches, full_rates(run))
-            seconds.append(time.perf_counter() - started)
-        return seconds
-
-    steps(STEPS[0])
-    before = steps(STEPS[1])
-    started = time.perf_counter()
-    save = Save(path, run, world, model, stepper.optimizers, {"progress": {"step": 1, "applied_steps": 1}})
-    if not asynchronous:
-        save.finish()
-    begun = time.perf_counter() - started
-    during = steps(STEPS[1])
-    started = time.perf_counter()
-    if asynchronous:
-        save.finish()
-    finished = time.perf_counter() - started
-    usual = statistics.median(before)
-    added = begun + sum(during) - STEPS[1] * usual + finished
-    dist.barrier()
-    if rank == 0:
-        shutil.rmtree(path)
-    return {"step": usual, "begun": begun, "finished": finished, "added": added}
+            save = None
+            if side in SAVES:
+                save = Save(path, runs[side], world, model, stepper.optimizers, {"progress": PROGRESS})
+                if side == "at_once":
+                    save.finish()
+                times[f"{side}_blocks"].append(time.perf_counter() - started)
+            for _ in range(STEPS):
+                stepper.train(batches, full_rates(run))
+            if side == "asynchronous" and save is not None:
+                save.finish()
+            times[side].append(sync_and_time(started))
+            if rank == 0 and save is not None:
+                shutil.rmtree(path)
+                os.sync()
+    # The first pair warms up.
+    return {side: of_side[1:] for side, of_side in times.items()}
 
 
 def main() -> None:
@@ -139,18 +141,20 @@ def main() -> None:
     sizes = (arguments.subkeys, arguments.ranks)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as directory:
         times = on_ranks(arguments.ranks, time_pairs, *sizes, arguments.pairs, directory)
-        waits = {
-            name: [on_ranks(arguments.ranks, time_steps, *sizes, directory, name == "asynchronous") for _ in range(3)]
-            for name in ("at_once", "asynchronous")
-        }
+        waits = on_ranks(arguments.ranks, time_steps, *sizes, arguments.pairs, directory)
     num_bytes = times.pop("bytes")[0]
     speeds = {side: num_bytes / 2**20 / statistics.median(seconds) for side, seconds in times.items()}
     for side, speed in speeds.items():
         print(f"{side:>5} {speed:8.0f} MiB/s   {speed / speeds['cp']:.2f} of cp")
-    added = {name: statistics.median(of["added"] for of in found) for name, found in waits.items()}
-    steps = {name: statistics.median(of["step"] for of in found) for name, found in waits.items()}
+    added = {
+        name: statistics.median(save - plain for save, plain in zip(waits[name], waits["steps"], strict=True))
+        for name in SAVES
+    }
     for name, seconds in added.items():
-        print(f"a save {name.replace('_', ' ')} adds {seconds:.2f} s to {STEPS[1]} steps of {steps[name]:.2f} s")
+        blocks = statistics.median(waits[f"{name}_blocks"])
+        print(
+            f"a save {name.replace('_', ' ')} stops training for {blocks:.2f} s, adds {seconds:.2f} s to {STEPS} steps"
+        )
     figures = {
         "mib": num_bytes / 2**20,
         "ranks": arguments.ranks,

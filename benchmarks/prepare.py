@@ -30,8 +30,8 @@ from typing import Any
 from mempar.tools.stdlib_corpus import documents
 
 LEAST_SPEEDUP = 1.6
-# So that all take about as long, a quarter of a minute with one worker and 24 MB: starting takes most of a second.
-TIMES_THE_TEXT = {"sentencepiece": 4, "tiktoken": 6, "byte": 16}
+# So that one worker takes about a quarter of a minute for 24 MB: starting takes most of a second.
+TIMES_THE_TEXT = {"hf": 2, "hf, gzip": 2, "sentencepiece": 4, "tiktoken": 6, "byte": 16}
 PROGRAM = "from mempar.cli import main; main()"
 MOST_FOREIGN_SHARE = 0.05
 MOST_PAIRS = 100
@@ -150,7 +150,7 @@ def main() -> int:
         names = make_tokenizers(Path(folder), texts[::10])
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
         for name, tokenizer in [*names.items(), ("hf, gzip", names["hf"])]:
-            content = lines * max(1, round(arguments.megabytes * TIMES_THE_TEXT.get(name, 1) * 1e6 / len(lines)))
+            content = lines * max(1, round(arguments.megabytes * TIMES_THE_TEXT[name] * 1e6 / len(lines)))
             source = Path(folder) / ("x.jsonl.gz" if "gzip" in name else "x.jsonl")
             source.write_bytes(gzip.compress(content, 6) if "gzip" in name else content)
             found = compare(source, len(content), tokenizer, arguments.workers, arguments.rounds)
