@@ -51,6 +51,7 @@ check: setup  ## formatting, lint, types and import rules
 
 test: setup check  ## check, then every test that needs no GPU and no patience
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 soak: setup  ## the long randomised runs
 	$(BIN)/python -m pytest -m soak $(ARGS)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from mempar.kernels.dispatch import TORCH
 from mempar.kernels.reduce_rows import reduce_rows
 from mempar.kernels.weighted_gather import bag_of_entries, gather_scores, weighted_gather
 from mempar.parallel.routing import route
@@ -38,14 +39,14 @@ def measure(reads: int, width: int) -> tuple[float, float]:
     offsets = torch.arange(0, len(rows) + 1, reads, dtype=torch.int32)
 
     def routing(merge: bool) -> None:
-        routed = route(slots, cuts, merge=merge)
+        routed = route(slots, cuts, merge=merge, backend=TORCH)
         routed.to_reads(routed.to_entries(weight))
 
     def owner() -> None:
-        weighted_gather(table, rows, flat, offsets)
+        weighted_gather(table, rows, flat, offsets, backend=TORCH)
         bags = bag_of_entries(offsets, len(rows))
-        gather_scores(table, rows, bags, grad)
-        reduce_rows(rows, flat, bags, grad)
+        gather_scores(table, rows, bags, grad, backend=TORCH)
+        reduce_rows(rows, flat, bags, grad, backend=TORCH)
 
     works = [lambda: routing(False), lambda: routing(True), owner]
     least = [min(times) for times in zip(*([seconds(work) for work in works] for _ in range(RUNS)), strict=True)]

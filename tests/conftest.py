@@ -13,6 +13,11 @@ from thread_groups import THREAD_DIST, Threads
 FIGURES = pytest.StashKey[dict[str, float]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Tests of kernels run on any device; see tests/kernels/conftest.py."""
+    parser.addoption("--device", default="cpu", help="where tests of kernels run: cpu or cuda")
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
     """Ranks that stay warm for the session; see rank_pool.py."""

@@ -7,6 +7,7 @@ from collections import defaultdict
 import pytest
 import torch
 
+from mempar.kernels.dispatch import TORCH
 from mempar.parallel.merging import merge_reads
 from mempar.parallel.routing import count_dtype, route
 
@@ -24,7 +25,7 @@ def test_route_matches_brute_force(
     bounds = torch.tensor([*cuts[:-1], *(cut - 1 for cut in cuts[1:])])
     slot[:, : len(bounds)] = bounds[:reads]
     weight = torch.randn(num_tokens, reads, dtype=torch.float64)
-    routed = route(slot, cuts, merge=merge)
+    routed = route(slot, cuts, merge=merge, backend=TORCH)
     score = torch.randn(sum(routed.sizes))
     rows, weights = routed.row_index.split(routed.sizes), routed.to_entries(weight).split(routed.sizes)
     scores, read_scores = score.split(routed.sizes), routed.to_reads(score).view(num_tokens, reads)
@@ -55,7 +56,7 @@ def test_route_matches_brute_force(
 def test_merged_weights_are_sums_of_the_reads(rng: random.Random, dtype: torch.dtype) -> None:
     # Heads of distinct slots each, so that a slot has up to four reads of a token.
     slot = torch.stack([torch.cat([torch.randperm(9)[:6] for _ in range(4)]) for _ in range(50)])
-    merged = merge_reads(slot, 9)
+    merged = merge_reads(slot, 9, backend=TORCH)
     weight = torch.rand(50, 24).to(dtype)
     assert len(merged.slot_index) < slot.numel() * 0.4
     # Each token's slots once.
@@ -73,7 +74,7 @@ def test_merged_weights_are_sums_of_the_reads(rng: random.Random, dtype: torch.d
 def test_nothing_to_merge_changes_no_number(rng: random.Random) -> None:
     slot = torch.stack([torch.randperm(40)[:8] for _ in range(30)])
     weight = torch.randn(30, 8)
-    merged = merge_reads(slot, 40)
+    merged = merge_reads(slot, 40, backend=TORCH)
     order = slot.argsort(1)
     assert torch.equal(merged.slot_index, slot.gather(1, order).flatten())
     assert torch.equal(merged.add(weight.flatten()), weight.gather(1, order).flatten())

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mempar.kernels.dispatch import TORCH, Backend
 from mempar.kernels.product_topk import product_topk
 from mempar.memory.balance import BalanceMeter, balanced
 from mempar.memory.config import MemoryConfig
@@ -26,17 +27,19 @@ SlotHook = Callable[[Tensor | None], Tensor | None]
 class MemoryLayer(nn.Module):
     """Product-key memory in place of a feed-forward network or beside it."""
 
-    def __init__(self, config: MemoryConfig, model_dim: int, norm_epsilon: float) -> None:
+    def __init__(self, config: MemoryConfig, model_dim: int, norm_epsilon: float, backend: Backend = TORCH) -> None:
         """Allocate parameters; initial values are drawn by the runtime, by logical name.
 
         Args:
             config: shape and variant.
             model_dim: C.
             norm_epsilon: epsilon of the optional query and key norms.
+            backend: what computes lookups.
         """
         super().__init__()
         self.config = config
         self.norm_epsilon = norm_epsilon
+        self.backend = backend
         self.balance = BalanceMeter()
         self.query = nn.Linear(model_dim, config.heads * config.key_dim)
         self.keys = nn.Parameter(torch.empty(config.heads, 2, config.num_subkeys, config.half_key_dim))
@@ -66,7 +69,8 @@ class MemoryLayer(nn.Module):
         if self.config.qk_norm:
             query, keys = self.query_norm(query), self.key_norm(keys)
         wide = torch.promote_types(x.dtype, torch.float32)
-        slot_index, score = product_topk(query.to(wide), keys.to(wide), self.config.top_k, slot_index)
+        query, keys = query.to(wide), keys.to(wide)
+        slot_index, score = product_topk(query, keys, self.config.top_k, slot_index, backend=self.backend)
         return slot_index, score.softmax(-1)
 
     def forward(

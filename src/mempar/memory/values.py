@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mempar.dims import TableSlice
+from mempar.kernels.dispatch import TORCH, Backend
 from mempar.kernels.reduce_rows import reduce_row_parts
 from mempar.kernels.weighted_gather import bag_of_entries, gather_scores, weighted_gather
 from mempar.memory.initial import table_values
@@ -53,6 +54,7 @@ class ValueShard:
         dtype: torch.dtype,
         device: torch.device,
         deposit_bytes: int = 0,
+        backend: Backend = TORCH,
     ) -> None:
         """Make the initial values of a shard of table `number`, which do not depend on how it is cut.
 
@@ -63,17 +65,19 @@ class ValueShard:
             dtype: of the values.
             device: where they lie.
             deposit_bytes: records beyond this are summed by row; 0 keeps all until the end of the step.
+            backend: what computes reads and sums.
         """
         self.part = part
         self.values = table_values(part, seed=seed, number=number, dtype=dtype, device=device)
         self.deposit_bytes = deposit_bytes
+        self.backend = backend
         self._records: list[_Record] = []
         # Records that were summed early, as one record of weight 1 for each row; it stays first.
         self._summed: _Record | None = None
 
     def gather(self, row_index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         """Weighted sums `[B, D_j]` of this shard's rows; see `weighted_gather`."""
-        return weighted_gather(self.values, row_index, weight, offsets)
+        return weighted_gather(self.values, row_index, weight, offsets, backend=self.backend)
 
     def backward(self, row_index: Tensor, weight: Tensor, offsets: Tensor, grad: Tensor) -> Tensor:
         """Deposit the rows' gradient and return the weights'.
@@ -89,7 +93,7 @@ class ValueShard:
         """
         grad, bag_index = grad.contiguous(), bag_of_entries(offsets, len(row_index))
         self._deposit(_Record(row_index, weight, bag_index, grad))
-        return gather_scores(self.values, row_index, bag_index, grad)
+        return gather_scores(self.values, row_index, bag_index, grad, backend=self.backend)
 
     def dot(self, row_index: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
         """Multiply rows with the vector of their bag.
@@ -102,7 +106,8 @@ class ValueShard:
         Returns:
             `[E]` partial products, from this shard's columns.
         """
-        return gather_scores(self.values, row_index, bag_of_entries(offsets, len(row_index)), x)
+        bag_index = bag_of_entries(offsets, len(row_index))
+        return gather_scores(self.values, row_index, bag_index, x, backend=self.backend)
 
     def dot_backward(self, row_index: Tensor, grad: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
         """Deposit the rows' gradient of `dot` and return the vectors'.
@@ -117,7 +122,7 @@ class ValueShard:
             `[B, D_j]` partial gradient of `x`, from this shard's rows.
         """
         self._deposit(_Record(row_index, grad, bag_of_entries(offsets, len(row_index)), x))
-        return weighted_gather(self.values, row_index, grad, offsets)
+        return weighted_gather(self.values, row_index, grad, offsets, backend=self.backend)
 
     def take_gradient(self) -> tuple[Tensor, Tensor]:
         """Reduce all records by row and forget them.
@@ -138,6 +143,7 @@ class ValueShard:
             torch.cat([record.weight.to(wide) for record in records]),
             torch.cat([record.bag_index + first for record, first in zip(records, first_bags, strict=False)]),
             [record.grad for record in records],
+            backend=self.backend,
         )
 
     def _deposit(self, record: _Record) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mempar.kernels.dispatch import Backend
 from mempar.parallel.collectives import MemberGroup
 from mempar.parallel.one_hop import OneHop
 from mempar.parallel.routing import RoutedEntries, route
@@ -37,6 +38,11 @@ class RowStore(Protocol):
     @property
     def values(self) -> Tensor:
         """`[S_i, D_j]`."""
+        ...
+
+    @property
+    def backend(self) -> Backend:
+        """What computes reads, and the routes to them."""
         ...
 
     def gather(self, row_index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -130,7 +136,7 @@ class ShardedReader:
             What `read` and `dot` take, of this reader and of readers of other tables with the same row cuts in
             the same group.
         """
-        routed = route(slot_index, self.row_cuts, merge=self.merge)
+        routed = route(slot_index, self.row_cuts, merge=self.merge, backend=self.store.backend)
         receive_sizes, token_counts = self._sizes(slot_index, routed, token_counts)
         row_index = self._to_owners(list(routed.row_index.split(routed.sizes)), receive_sizes)
         if routed.counts is None:

@@ -7,17 +7,19 @@ member order, never its own first, so that all copies apply bit for bit the same
 import torch
 from torch import Tensor
 
+from mempar.kernels.dispatch import Backend
 from mempar.kernels.reduce_rows import reduce_rows
 from mempar.parallel.collectives import MemberGroup
 
 
-def sum_over_copies(rows: Tensor, grad: Tensor, group: MemberGroup) -> tuple[Tensor, Tensor]:
+def sum_over_copies(rows: Tensor, grad: Tensor, group: MemberGroup, *, backend: Backend) -> tuple[Tensor, Tensor]:
     """Sum touched-row gradients over the holders of one shard. All of them must call it, empty or not.
 
     Args:
         rows: `[U] int32`, distinct rows touched on this rank.
         grad: `[U, D_j]`.
         group: replicas and stage copies of this shard.
+        backend: what sums.
 
     Returns:
         The union of the members' rows, ascending, and the summed gradients. Each rank sends
@@ -31,4 +33,5 @@ def sum_over_copies(rows: Tensor, grad: Tensor, group: MemberGroup) -> tuple[Ten
     all_rows = group.share(rows, sizes, "copy_sync")
     all_grads = group.share(grad, sizes, "copy_sync")
     entries = torch.arange(len(all_rows), device=rows.device)
-    return reduce_rows(all_rows, torch.ones(len(all_rows), dtype=grad.dtype, device=rows.device), entries, all_grads)
+    ones = torch.ones(len(all_rows), dtype=grad.dtype, device=rows.device)
+    return reduce_rows(all_rows, ones, entries, all_grads, backend=backend)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mempar.kernels.dispatch import Backend
 from mempar.kernels.weighted_gather import weighted_gather
 
 
@@ -23,6 +24,7 @@ class MergedReads:
         entry_of_read: `[T*M] int64`.
         read_order: `[T*M] int64`, reads sorted by entry, in their own order within one.
         offsets: `[E + 1] int64`, where each entry's reads start in `read_order`.
+        backend: what adds.
     """
 
     slot_index: Tensor
@@ -30,23 +32,25 @@ class MergedReads:
     entry_of_read: Tensor
     read_order: Tensor
     offsets: Tensor
+    backend: Backend
 
     def add(self, per_read: Tensor) -> Tensor:
         """Sum `[T*M]` numbers entry by entry, in the order of the reads: `[E]`."""
-        ones = torch.ones_like(per_read)
-        return weighted_gather(per_read[:, None].contiguous(), self.read_order, ones, self.offsets)[:, 0]
+        column, ones = per_read[:, None].contiguous(), torch.ones_like(per_read)
+        return weighted_gather(column, self.read_order, ones, self.offsets, backend=self.backend)[:, 0]
 
     def spread(self, per_entry: Tensor) -> Tensor:
         """Give every read its entry's number: `[E]` to `[T*M]`."""
         return per_entry[self.entry_of_read]
 
 
-def merge_reads(slot_index: Tensor, num_slots: int) -> MergedReads:
+def merge_reads(slot_index: Tensor, num_slots: int, *, backend: Backend) -> MergedReads:
     """Find the reads of each token that chose the same slot; the host waits for their number.
 
     Args:
         slot_index: `[T, M] int64`.
         num_slots: S.
+        backend: what computes it.
     """
     num_tokens, reads = slot_index.shape
     token = torch.arange(num_tokens, device=slot_index.device)
@@ -63,4 +67,5 @@ def merge_reads(slot_index: Tensor, num_slots: int) -> MergedReads:
         entry_of_read=entry_of_read,
         read_order=read_order,
         offsets=torch.cat([first, first.new_full((1,), slot_index.numel())]),
+        backend=backend,
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mempar.kernels.dispatch import Backend
 from mempar.parallel.merging import MergedReads, merge_reads
 
 
@@ -53,20 +54,21 @@ def count_dtype(reads: int) -> torch.dtype:
     return torch.uint8 if reads <= 255 else torch.int16
 
 
-def route(slot_index: Tensor, row_cuts: list[int], *, merge: bool = False) -> RoutedEntries:
+def route(slot_index: Tensor, row_cuts: list[int], *, merge: bool = False, backend: Backend) -> RoutedEntries:
     """Bucket the entries of some tokens by owner.
 
     Args:
         slot_index: `[T, M] int64`.
         row_cuts: R + 1 boundaries of the row shards.
         merge: whether reads of a token that chose the same slot become one entry.
+        backend: what computes it.
 
     Returns:
         The entries in owner order. With several row shards, or merging, the host waits for their counts.
     """
     num_tokens, reads = slot_index.shape
     num_shards, device = len(row_cuts) - 1, slot_index.device
-    merged = merge_reads(slot_index, row_cuts[-1]) if merge else None
+    merged = merge_reads(slot_index, row_cuts[-1], backend=backend) if merge else None
     slots = slot_index.reshape(-1) if merged is None else merged.slot_index
     if num_shards == 1 and merged is None:
         return RoutedEntries(row_index=slots.int(), order=None, counts=None, sizes=[len(slots)], merged=None)

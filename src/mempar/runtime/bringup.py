@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mempar.errors import ConfigError
+from mempar.kernels.dispatch import Backend, choose_backend
 from mempar.parallel.groups import MemoryGroups, make_memory_groups
 from mempar.runtime import mcore
 from mempar.runtime.config import RunConfig
@@ -27,6 +28,7 @@ class World:
         rank: this rank.
         size: number of ranks.
         device: where this rank computes.
+        backend: what computes the operations of memory layers.
         placement: sizes of the dimensions, the tables' cuts and stages.
         groups: the memory dimension's groups; None for a dense model.
         made_groups: torch groups to be destroyed at the end.
@@ -35,6 +37,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    backend: Backend
     placement: Placement
     groups: MemoryGroups | None
     made_groups: list[dist.ProcessGroup]
@@ -110,7 +113,15 @@ def lay_out(run: RunConfig) -> World:
             timeout=datetime.timedelta(seconds=run.train.collective_timeout),
         )
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return World(rank=rank, size=size, device=device, placement=placement, groups=groups, made_groups=made)
+    return World(
+        rank=rank,
+        size=size,
+        device=device,
+        backend=choose_backend(run.kernels.backend, device.type, check_indices=run.kernels.check_indices),
+        placement=placement,
+        groups=groups,
+        made_groups=made,
+    )
 
 
 def check_engine(run: RunConfig) -> None:

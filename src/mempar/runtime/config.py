@@ -10,7 +10,15 @@ from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
 from mempar.runtime.checkpoint.config import CheckpointConfig
 from mempar.runtime.moe_config import MoeConfig, check_experts
-from mempar.runtime.sections import SCHEDULES, DataConfig, ModelConfig, OptimConfig, ParallelConfig, one_of
+from mempar.runtime.sections import (
+    SCHEDULES,
+    DataConfig,
+    KernelsConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    one_of,
+)
 from mempar.runtime.train_config import DTYPES, TrainConfig
 
 __all__ = [
@@ -46,6 +54,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
 
     def __post_init__(self) -> None:
         """Check settings of different sections against each other."""

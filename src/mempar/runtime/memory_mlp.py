@@ -17,7 +17,7 @@ class MemoryMLP(MemoryLayer):
 
     def __init__(self, config: Any, run: RunConfig, memory: MemoryConfig, access: TableAccess, **kwargs: Any) -> None:
         """Take megatron's configuration, and ours through the block's description."""
-        super().__init__(memory, run.model.hidden_size, run.model.norm_epsilon)
+        super().__init__(memory, run.model.hidden_size, run.model.norm_epsilon, access.backend)
         self.to(config.params_dtype)
         self.access = access
         self.balance = access.balance

@@ -184,7 +184,7 @@ class Optimizers:
         """Reduce deposits by row, sum them over copies, scale them as the dense gradient was."""
         gradients = {}
         for table in self.model.tables:
-            rows, grads = sum_over_copies(*table.shard.take_gradient(), table.copies)
+            rows, grads = sum_over_copies(*table.shard.take_gradient(), table.copies, backend=self.world.backend)
             gradients[table.name] = (rows, grads.div_(max(1, tokens)))
         return gradients
 
@@ -259,6 +259,7 @@ def table_optimizer(run: RunConfig, table: Table) -> TableOptimizer:
         column_tile=config.column_tile,
         # No two tables of a model round with the same bits.
         seed=run.train.seed + (table.number << 32),
+        backend=table.shard.backend,
     )
     return make_table_optimizer(config.optimizer, table.shard.values, table.shard.part, settings)
 

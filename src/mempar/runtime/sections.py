@@ -1,4 +1,4 @@
-"""Sections of a run's configuration: the model's shape, parallel sizes, the dense optimizer, the data.
+"""Sections of a run's configuration: the model's shape, parallel sizes, the dense optimizer, data, kernels.
 
 Frozen dataclasses that check what does not depend on other sections; `config.py` puts them together.
 """
@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from mempar.errors import ConfigError
+from mempar.kernels.dispatch import BACKENDS
 
 SCHEDULES = ("linear", "cosine", "wsd", "constant")
 
@@ -203,3 +204,20 @@ class DataConfig:
             )
         if any(not 0 < weight < math.inf for weight in self.weights):
             raise ConfigError(f"data.weights={list(self.weights)} must be positive; drop paths that weigh nothing.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """What computes the operations of memory layers.
+
+    Attributes:
+        backend: `triton` (fused kernels), `torch` (torch's operators) or `auto`: triton on CUDA, torch elsewhere.
+        check_indices: look for row ids out of range before every read, to find a defect; the host waits each time.
+    """
+
+    backend: str = "auto"
+    check_indices: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the words."""
+        one_of("kernels", self, "backend", BACKENDS)

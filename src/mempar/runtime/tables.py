@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mempar.kernels.dispatch import TORCH, Backend
 from mempar.memory.balance import BalanceMeter
 from mempar.memory.config import MemoryConfig
 from mempar.memory.layer import SlotHook
@@ -57,6 +58,7 @@ class TableAccess:
 
     Attributes:
         readers: where rows come from.
+        backend: what computes lookups.
         in_flight: which micro-batch is looked up.
         member_dp_ranks: data-parallel rank of every member of the memory-parallel group.
         balance: the balance losses of its layers' lookups.
@@ -65,8 +67,16 @@ class TableAccess:
         tally: counts the lookups of a training step that is watched; None in all others.
     """
 
-    def __init__(self, readers: Readers, in_flight: InFlight, member_dp_ranks: list[int], value_dim: int) -> None:
+    def __init__(
+        self,
+        readers: Readers,
+        in_flight: InFlight,
+        member_dp_ranks: list[int],
+        value_dim: int,
+        backend: Backend = TORCH,
+    ) -> None:
         self.readers = readers
+        self.backend = backend
         self.in_flight = in_flight
         self.member_dp_ranks = member_dp_ranks
         self.balance = BalanceMeter()
@@ -112,7 +122,7 @@ def make_tables(run: RunConfig, world: World, in_flight: InFlight) -> tuple[list
             tables += mine.values()
             readers = Readers(**{part: _reader(run, world, name, table.shard) for part, table in mine.items()})
             dp_ranks = [world.placement.grid.dp_rank(member) for member in _members(world)]
-            access[name] = TableAccess(readers, in_flight, dp_ranks, run.value_dim_of(config))
+            access[name] = TableAccess(readers, in_flight, dp_ranks, run.value_dim_of(config), world.backend)
     return tables, access
 
 
@@ -125,6 +135,7 @@ def _make_shard(run: RunConfig, world: World, memory: str, number: int) -> Value
         dtype=TORCH_DTYPES[run.table_dtype_of(run.memories[memory])],
         device=world.device,
         deposit_bytes=run.memories[memory].deposit_bytes,
+        backend=world.backend,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mempar.kernels.dispatch import Backend
 from mempar.kernels.weighted_gather import weighted_gather
 
 # Elements of gradient parts and sums that are made at a time, and the least width of a block of columns (below
@@ -16,7 +17,9 @@ _BLOCK_ELEMENTS = 1 << 20
 _BLOCK_COLUMNS = 32
 
 
-def reduce_rows(row_index: Tensor, weight: Tensor, bag_index: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def reduce_rows(
+    row_index: Tensor, weight: Tensor, bag_index: Tensor, grad: Tensor, *, backend: Backend
+) -> tuple[Tensor, Tensor]:
     """Sum `weight[e] * grad[bag_index[e]]` over the entries of each distinct row.
 
     Args:
@@ -24,16 +27,17 @@ def reduce_rows(row_index: Tensor, weight: Tensor, bag_index: Tensor, grad: Tens
         weight: `[E]`, the dtype of `grad`.
         bag_index: `[E] int32 or int64`, rows of `grad`.
         grad: `[B, D']`.
+        backend: what computes it.
 
     Returns:
         `rows [U]`, ascending, and their sums `[U, D']`.
     """
     rows, order, offsets = _sort_entries(row_index)
-    return rows, weighted_gather(grad, bag_index[order].long(), weight[order], offsets)
+    return rows, weighted_gather(grad, bag_index[order].long(), weight[order], offsets, backend=backend)
 
 
 def reduce_row_parts(
-    row_index: Tensor, weight: Tensor, bag_index: Tensor, grads: Sequence[Tensor]
+    row_index: Tensor, weight: Tensor, bag_index: Tensor, grads: Sequence[Tensor], *, backend: Backend
 ) -> tuple[Tensor, Tensor]:
     """Do the same with a gradient that comes in parts, without ever holding the parts joined.
 
@@ -44,6 +48,7 @@ def reduce_row_parts(
         weight: `[E]`, the dtype of the result.
         bag_index: `[E] int32 or int64`, rows of all parts one after the other.
         grads: `[B_i, D']` each, of any dtype.
+        backend: what computes it.
 
     Returns:
         `rows [U]`, ascending, and their sums `[U, D']`.
@@ -59,7 +64,9 @@ def reduce_row_parts(
     for start in range(0, width, at_once):
         columns = slice(start, min(start + at_once, width))
         # Nothing keeps a block when the next is made.
-        sums[:, columns] = weighted_gather(_joined(grads, columns, num_bags, weight), bags, weight, offsets)
+        sums[:, columns] = weighted_gather(
+            _joined(grads, columns, num_bags, weight), bags, weight, offsets, backend=backend
+        )
     return rows, sums
 
 

@@ -9,71 +9,79 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mempar.kernels.checks import check_index, check_rows, require
+from mempar.kernels.dispatch import Backend
+from mempar.kernels.weighted_gather import native
 
-def weighted_gather(values: Tensor, row_index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+
+def weighted_gather(
+    values: Tensor, row_index: Tensor, weight: Tensor, offsets: Tensor, *, backend: Backend, gate: Tensor | None = None
+) -> Tensor:
     """Sum the weighted rows of every bag, without ever holding the rows `[E, D]`.
 
     Args:
-        values: `[S', D']` rows of one shard, contiguous.
+        values: `[S', D']` rows of one shard; rows may lie any distance apart.
         row_index: `[E] int32 or int64`, rows of this shard, entries of a bag together.
         weight: `[E]`, the dtype of `values`.
         offsets: `[B + 1]`, the dtype of `row_index`; bag b is `[offsets[b], offsets[b + 1])`.
+        backend: what computes it.
+        gate: `[B, D']`: the sums are multiplied by silu(gate).
 
     Returns:
         `[B, D']`; the row of an empty bag is zero.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+        IndexError: a row is out of range; looked for if the backend checks indices.
     """
+    check_rows("values", values)
+    check_index("row_index", row_index, values, backend)
     num_bags = offsets.numel() - 1
-    if num_bags == 0 or row_index.numel() == 0:
-        return values.new_zeros(num_bags, values.shape[1])
-    with torch.no_grad():
-        return F.embedding_bag(
-            row_index, values, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
-        )
+    require(weight.shape == row_index.shape, "weight", weight, f"a number for each of {row_index.numel()} entries")
+    require(weight.dtype == values.dtype, "weight", weight, f"the dtype of values, {values.dtype}")
+    require(offsets.dtype == row_index.dtype and offsets.dim() == 1, "offsets", offsets, "the dtype of row_index, 1-D")
+    if gate is not None:
+        require(gate.shape == (num_bags, values.shape[1]), "gate", gate, f"shape {[num_bags, values.shape[1]]}")
+        check_rows("gate", gate)
+    if backend.is_triton:
+        from mempar.kernels.weighted_gather import fused
+
+        out = values.new_empty(num_bags, values.shape[1])
+        return fused.gather_into(out, values, row_index.contiguous(), weight.contiguous(), offsets.contiguous(), gate)
+    sums = native.weighted_gather(values, row_index, weight, offsets)
+    return sums if gate is None else sums.mul_(F.silu(gate))
 
 
-def gather_scores(values: Tensor, row_index: Tensor, bag_index: Tensor, grad: Tensor) -> Tensor:
+def gather_scores(values: Tensor, row_index: Tensor, bag_index: Tensor, grad: Tensor, *, backend: Backend) -> Tensor:
     """Gradient of the weights: `out[e] = values[row_index[e]] . grad[bag of e]`.
 
     Args:
-        values: `[S', D']` rows of one shard.
+        values: `[S', D']` rows of one shard; rows may lie any distance apart.
         row_index: `[E] int32 or int64`.
         bag_index: `[E]`, rows of `grad`, the dtype of `row_index`; see `bag_of_entries`.
         grad: `[B, D']`, gradient of the bags' sums, the dtype of `values`.
+        backend: what computes it.
 
     Returns:
         `[E]`, the dtype of `values`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+        IndexError: a row or bag is out of range; looked for if the backend checks indices.
     """
-    if row_index.numel() == 0:
-        return values.new_zeros(0)
-    if values.is_cuda:
-        # There the operator knows no bf16, and counts threads in 32 bits: 2^26 entries at most.
-        return scores_in_chunks(values, row_index, bag_index, grad)
-    # The operator does not look at the starts of the bags where it is given the bag of each entry.
-    starts = row_index[:0]
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, values, row_index, starts, bag_index, 0)
+    check_rows("values", values)
+    check_rows("grad", grad)
+    require(grad.shape[1] == values.shape[1], "grad", grad, f"as many columns as values, {values.shape[1]}")
+    require(grad.dtype == values.dtype, "grad", grad, f"the dtype of values, {values.dtype}")
+    check_index("row_index", row_index, values, backend)
+    check_index("bag_index", bag_index, grad, backend)
+    require(bag_index.shape == row_index.shape, "bag_index", bag_index, "a bag for each entry")
+    if backend.is_triton:
+        from mempar.kernels.weighted_gather import fused
 
-
-def scores_in_chunks(
-    values: Tensor, row_index: Tensor, bag_index: Tensor, grad: Tensor, *, chunk_elements: int = 1 << 24
-) -> Tensor:
-    """Compute what `gather_scores` does, from so many elements of rows at a time; sums are in float32 at least.
-
-    Args:
-        values: `[S', D']`.
-        row_index: `[E]`.
-        bag_index: `[E]`, rows of `grad`.
-        grad: `[B, D']`.
-        chunk_elements: elements of rows that are held at once.
-
-    Returns:
-        `[E]`, the dtype of `values`.
-    """
-    wide = torch.promote_types(values.dtype, torch.float32)
-    out = values.new_empty(row_index.numel())
-    at_once = max(1, chunk_elements // values.shape[1])
-    for part, rows, bags in zip(out.split(at_once), row_index.split(at_once), bag_index.split(at_once), strict=True):
-        part.copy_(values.index_select(0, rows).to(wide).mul_(grad.index_select(0, bags)).sum(-1))
-    return out
+        out = values.new_empty(row_index.numel())
+        return fused.scores_into(out, values, row_index.contiguous(), bag_index.contiguous(), grad)
+    return native.gather_scores(values, row_index, bag_index, grad)
 
 
 def bag_of_entries(offsets: Tensor, num_entries: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mempar.dims import TableSlice
+from mempar.kernels.dispatch import TORCH, Backend
 from mempar.memory.optimizer.rounding import Rounder
 
 # Elements updated at a time, which bounds the temporaries.
@@ -27,6 +28,7 @@ class OptimizerSettings:
         rounding: how bf16 values are kept; see rounding.py.
         column_tile: columns that share one statistic of row_adagrad; column shards start on a tile.
         seed: of stochastic rounding.
+        backend: what computes updates.
     """
 
     beta1: float
@@ -37,6 +39,7 @@ class OptimizerSettings:
     rounding: str = "master"
     column_tile: int = 128
     seed: int = 0
+    backend: Backend = TORCH
 
 
 class TableOptimizer(ABC):

@@ -1,0 +1,41 @@
+"""Every kernel, compiled for GPUs of three generations: no spills, wide loads, no atomics, 64-bit addresses."""
+
+from types import ModuleType
+
+import pytest
+
+import compile_weighted_gather
+from compiled import ARCHITECTURES, SHARED_KIB, Case, launches, narrow_addresses
+
+MODULES: tuple[ModuleType, ...] = (compile_weighted_gather,)
+CASES: dict[str, Case] = {name: case for module in MODULES for name, case in module.CASES.items()}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_compile_within_their_budget(name: str, architecture: int) -> None:
+    case = CASES[name]
+    kernels = launches(case.launch, architecture)
+    assert kernels
+    for kernel in kernels:
+        found = f"{kernel.name} on sm_{architecture}: {kernel.registers} registers, {kernel.stack} bytes of stack"
+        assert kernel.stack == 0 or kernel.name in case.may_spill, found
+        assert kernel.count("LDL|STL") == 0 or kernel.name in case.may_spill, found
+        assert kernel.registers <= case.registers, found
+        assert kernel.shared <= SHARED_KIB[architecture] * 1024, kernel.shared
+        assert not kernel.count(r"ATOMG|RED\b|REDG"), kernel.instructions
+        assert narrow_addresses(kernel.ttir) == [], kernel.name
+    assert max(kernel.wide_loads for kernel in kernels) >= case.vector_loads
+
+
+def test_narrow_addresses_are_found() -> None:
+    body = """
+    %0 = tt.get_program_id x : i32 loc(#loc1)
+    %1 = arith.muli %0, %c64_i32 : i32 loc(#loc2)
+    %2 = tt.addptr %arg0, %1 : !tt.ptr<f32>, i32 loc(#loc3)
+    %3 = tt.load %arg1 : !tt.ptr<i32> loc(#loc3)
+    %4 = arith.extsi %3 : i32 to i64 loc(#loc3)
+    %5 = tt.addptr %arg0, %4 : !tt.ptr<f32>, i64 loc(#loc3)
+    %6 = tt.addptr %arg0, %3 : !tt.ptr<f32>, i32 loc(#loc3)
+    """
+    assert [line.split()[0] for line in narrow_addresses(body)] == ["%2", "%6"]
