@@ -57,7 +57,9 @@ def prefixes(name: str) -> list[str]:
 def is_tested(path: Path, test_stems: set[str], named: set[str]) -> bool:
     *rooms, module = path.relative_to(PACKAGE).with_suffix("").parts
     by_room = any(stem.startswith(f"test_{room}_") for room in rooms for stem in test_stems)
-    return f"test_{module}" in test_stems or by_room or dotted_name(path) in named
+    # The files of an operation's folder are tested together, as the operation.
+    by_operation = rooms[:1] == ["kernels"] and f"test_{rooms[-1]}" in test_stems
+    return f"test_{module}" in test_stems or by_room or by_operation or dotted_name(path) in named
 
 
 def test_sources_are_found():

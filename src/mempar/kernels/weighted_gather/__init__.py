@@ -43,11 +43,11 @@ def weighted_gather(
     if gate is not None:
         require(gate.shape == (num_bags, values.shape[1]), "gate", gate, f"shape {[num_bags, values.shape[1]]}")
         check_rows("gate", gate)
+    row_index, weight, offsets = row_index.contiguous(), weight.contiguous(), offsets.contiguous()
     if backend.is_triton:
         from mempar.kernels.weighted_gather import fused
 
-        out = values.new_empty(num_bags, values.shape[1])
-        return fused.gather_into(out, values, row_index.contiguous(), weight.contiguous(), offsets.contiguous(), gate)
+        return fused.gather_into(values.new_empty(num_bags, values.shape[1]), values, row_index, weight, offsets, gate)
     sums = native.weighted_gather(values, row_index, weight, offsets)
     return sums if gate is None else sums.mul_(F.silu(gate))
 
@@ -76,11 +76,11 @@ def gather_scores(values: Tensor, row_index: Tensor, bag_index: Tensor, grad: Te
     check_index("row_index", row_index, values, backend)
     check_index("bag_index", bag_index, grad, backend)
     require(bag_index.shape == row_index.shape, "bag_index", bag_index, "a bag for each entry")
+    row_index, bag_index = row_index.contiguous(), bag_index.contiguous()
     if backend.is_triton:
         from mempar.kernels.weighted_gather import fused
 
-        out = values.new_empty(row_index.numel())
-        return fused.scores_into(out, values, row_index.contiguous(), bag_index.contiguous(), grad)
+        return fused.scores_into(values.new_empty(row_index.numel()), values, row_index, bag_index, grad)
     return native.gather_scores(values, row_index, bag_index, grad)
 
 
