@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import describe_machine
+from machine import describe_machine
 
 TABLES: dict[str, tuple[str, ...]] = {
     "float32": (),

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine import describe_machine, engine_stepper, make_run, on_ranks, random_batches
+from engine import engine_stepper, make_run, on_ranks, random_batches
+from machine import describe_machine
 
 # Steps around a save: longer together than writing takes.
 STEPS = 16

@@ -14,9 +14,7 @@ the paper; the largest table and its moments take 12 GiB, so a machine needs 20.
 import argparse
 import dataclasses
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -27,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -249,18 +248,6 @@ def report(dense: dict[str, list[float]], memory: dict[int, list[dict[str, float
         "memory_ms": least,
         "flat_4m_over_1m": flat_ratio,
         "scores_4m_over_1m": score_ratio,
-    }
-
-
-def describe_machine() -> dict[str, str]:
-    """Hardware, versions, commit and date of a result."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
     }
 
 

@@ -159,7 +159,7 @@ def main() -> int:
             print(f"{name}: {speeds}: {found['speedup']:.2f} times as fast", flush=True)
     if arguments.out:
         # Not above: workers import this file, and it brings torch.
-        from engine import describe_machine
+        from machine import describe_machine
 
         versions = {library: metadata.version(library) for library in LIBRARIES}
         machine = {**describe_machine(), **versions, "cores": NUM_CORES}

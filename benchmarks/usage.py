@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine import Stopwatch, describe_machine, engine_stepper, on_ranks, random_batches
+from engine import Stopwatch, engine_stepper, on_ranks, random_batches
+from machine import describe_machine
 
 WARM_UP = 1
 SIDES = ("off", "marking", "interval")

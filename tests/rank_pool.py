@@ -302,11 +302,13 @@ def _leave_with_parent() -> None:
 
 
 def _run_job(store: Any, rank: int, world_size: int, timeout: datetime.timedelta, payload: bytes) -> Any:
+    import torch
     import torch.distributed as dist
 
     from mempar.runtime import mcore
 
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mempar.dims import TableSlice
+from mempar.kernels.dispatch import interpreted
 from mempar.memory.config import MemoryConfig
 from mempar.runtime import bringup, mcore
 from mempar.runtime.bringup import World
-from mempar.runtime.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from mempar.runtime.config import KernelsConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from mempar.runtime.data.samples import Batch, micro_batches
 from mempar.runtime.logical import LogicalParameter, logical_parameters, own_parameters
 from mempar.runtime.model import Model, build_model
@@ -103,6 +104,8 @@ def toy_run(
         ),
         optim=OptimConfig(lr=3e-4),
         parallel=ParallelConfig(**parallel),  # type: ignore[arg-type]
+        # Where kernels are interpreted, they are what is tested.
+        kernels=KernelsConfig(backend="triton" if interpreted() else "auto"),
     )
 
 
@@ -157,7 +160,9 @@ def loss_mask(sample: int, seq_length: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([DATA_SEED, sample, 1]).random(seq_length) < 0.8).float()
 
 
-def batches_of(run: RunConfig, step: int, *, dp_rank: int = 0, dp: int = 1) -> list[Batch]:
+def batches_of(
+    run: RunConfig, step: int, *, dp_rank: int = 0, dp: int = 1, device: torch.device | None = None
+) -> list[Batch]:
     """One data-parallel rank's micro-batches of a step; two global batches alternate."""
     count, length = run.train.global_batch_size, run.train.seq_length
     first = step % 2 * count
@@ -168,7 +173,7 @@ def batches_of(run: RunConfig, step: int, *, dp_rank: int = 0, dp: int = 1) -> l
         count=count,
         dp_rank=dp_rank,
         dp=dp,
-        device=torch.device("cpu"),
+        device=device or torch.device("cpu"),
     )
     return [
         replace(
@@ -178,7 +183,7 @@ def batches_of(run: RunConfig, step: int, *, dp_rank: int = 0, dp: int = 1) -> l
                     loss_mask(batch.sample_ids[place], length) if place < len(batch.sample_ids) else torch.zeros(length)
                     for place in range(run.train.micro_batch_size)
                 ]
-            ),
+            ).to(batch.loss_mask.device),
         )
         for batch in plain
     ]
@@ -224,7 +229,8 @@ class Watched(Optimizers):
             self.watching = False
             self.seen.gradients = whole_parameters(self.run, self.model, finalised_gradients(self.run, self.model))
             self.seen.row_gradients = {
-                name: (rows.numpy().copy(), grads.numpy().copy()) for name, (rows, grads) in gradients.items()
+                name: (rows.cpu().numpy().copy(), grads.cpu().numpy().copy())
+                for name, (rows, grads) in gradients.items()
             }
         super()._apply(factors, report, gradients)
 
@@ -263,7 +269,7 @@ def whole_parameters(
         if logical.dim is None:
             assert all(torch.equal(other, share) for other in shares), f"{logical.name} differs between tp ranks"
         whole = logical.join(shares)
-        found[logical.name] = (whole.float() if whole.dtype == torch.bfloat16 else whole).numpy().copy()
+        found[logical.name] = (whole.float() if whole.dtype == torch.bfloat16 else whole).cpu().numpy().copy()
     return found
 
 
@@ -297,7 +303,7 @@ def train(
         seen.parameters = whole_parameters(run, session.model, lambda logical: logical.param)
         for table in session.model.tables:
             values = table.shard.values
-            seen.tables[table.name] = values.to(_readable(values)).numpy().copy()
+            seen.tables[table.name] = values.to(_readable(values)).cpu().numpy().copy()
     seen.digests = digests(session)
     bringup.tear_down(session.world)
     return seen
@@ -319,7 +325,8 @@ class Session:
 
     def step(self, step: int) -> StepReport:
         self.tracer.step = step
-        batches = batches_of(self.run, step, dp_rank=self.grid.dp_rank(self.world.rank), dp=self.grid.dp)
+        dp_rank, device = self.grid.dp_rank(self.world.rank), self.world.device
+        batches = batches_of(self.run, step, dp_rank=dp_rank, dp=self.grid.dp, device=device)
         return self.stepper.train(batches, full_rates(self.run))
 
 
@@ -344,7 +351,7 @@ def digests(session: Session) -> dict[str, str]:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().to(_readable(tensor)).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.detach().to(_readable(tensor)).cpu().numpy().tobytes()).hexdigest()
 
 
 @dataclass

@@ -26,6 +26,7 @@ __all__ = [
     "SCHEDULES",
     "CheckpointConfig",
     "DataConfig",
+    "KernelsConfig",
     "MemoryConfig",
     "ModelConfig",
     "MoeConfig",
