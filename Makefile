@@ -14,7 +14,7 @@ SHELL := /bin/sh
 .SHELLFLAGS := -eu -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup smoke check test soak wheel wheel-test clean
+.PHONY: help setup smoke check test test-gpu bench-gpu bench-cpu soak wheel wheel-test clean
 
 help:  ## print this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,16 @@ check: setup  ## formatting, lint, types and import rules
 test: setup check  ## check, then every test that needs no GPU and no patience
 	$(BIN)/python -m pytest $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+
+test-gpu: setup  ## on one GPU: every operation's kernels, and the laws of the engine on them
+	$(BIN)/python -m pytest tests/kernels tests/test_oracle_law.py --device cuda
+	$(BIN)/python -m pytest tests/gpu -m gpu $(ARGS)
+
+bench-gpu: setup  ## on one GPU: every operation at the recipes' shapes, right first, then timed
+	$(BIN)/python benchmarks/kernels.py --device cuda --out benchmarks/results/kernels-gpu.json $(ARGS)
+
+bench-cpu: setup  ## the operations of torch on this machine, beside F.embedding_bag
+	$(BIN)/python benchmarks/kernels.py --device cpu --out benchmarks/results/kernels-cpu.json $(ARGS)
 
 soak: setup  ## the long randomised runs
 	$(BIN)/python -m pytest -m soak $(ARGS)
