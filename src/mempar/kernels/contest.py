@@ -8,7 +8,7 @@ training step would leave it. The roofline is measured in the same run: bytes by
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +79,7 @@ class Contest:
         name: of the operation.
         ours: computes it.
         truth: computes it in some plain way, for `ours` to be compared with; None where it was compared before.
+        sample: what `truth` is compared with where `ours` changes its inputs: the same on a few of them; by default `ours`.
         rivals: other ways by name, the first of them the one that ratios are given to.
         num_bytes: that must be read and written, at least.
         num_flops: that must be computed, at least.
@@ -89,11 +90,12 @@ class Contest:
     name: str
     ours: Callable[[], object]
     truth: Callable[[], object] | None = None
-    rivals: dict[str, Callable[[], object]] = field(default_factory=dict)
+    sample: Callable[[], object] | None = None
+    rivals: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     num_bytes: int = 0
     num_flops: int = 0
     tolerance: float = 0.0
-    inputs: dict[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,7 @@ class Times:
         return statistics.median(self.seconds)
 
 
-def time_in_turns(sides: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Times]:
+def time_in_turns(sides: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Times]:
     """Time single calls of several functions, taking turns."""
     clock = _cuda_clock(device) if device.type == "cuda" else _cpu_clock
     once = {name: max(clock(function), clock(function)) for name, function in sides.items()}
@@ -158,7 +160,7 @@ def largest_error(contest: Contest) -> float:
     if contest.truth is None:
         contest.ours()
         return 0.0
-    ours, truth = _tensors(contest.ours()), _tensors(contest.truth())
+    ours, truth = _tensors((contest.sample or contest.ours)()), _tensors(contest.truth())
     assert [t.shape for t in ours] == [t.shape for t in truth], f"{contest.name}: shapes differ"
     errors = [
         float((one.double() - other.double()).abs().max()) / max(1e-30, float(other.double().abs().max()))
@@ -169,7 +171,10 @@ def largest_error(contest: Contest) -> float:
 
 
 def _tensors(result: object) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else [each for each in result if isinstance(each, Tensor)]  # pyright: ignore
+    if isinstance(result, Tensor):
+        return [result.detach()]
+    assert isinstance(result, Iterable)
+    return [each.detach() for each in result if isinstance(each, Tensor)]
 
 
 def _cpu_clock(function: Callable[[], object]) -> float:
