@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mempar.kernels.checks import require
 from mempar.kernels.segment_route.native import Buckets
+from mempar.kernels.weighted_gather.fused import wide_type
 
-# Reads that a program of 4 warps holds at a time: 8 a thread, 16 registers where they are sorted with their places.
-_TILE_READS = 1024
+# Reads that a program of 4 warps holds at a time: twice as many, sorted with their places, spill.
+_TILE_READS = 512
 # Reads of a token that a program of 4 warps still sorts in registers.
 _MOST_READS = 4096
 # Numbers of a program that sums or moves single ones.
@@ -287,7 +288,14 @@ def add_reads(per_read: Tensor, read_order: Tensor, offsets: Tensor) -> Tensor:
     out = per_read.new_empty(offsets.numel() - 1)
     if out.numel():
         add_kernel[(triton.cdiv(out.numel(), _BLOCK),)](
-            out, per_read, read_order, offsets, out.numel(), WIDE=_wide(out), BLOCK=_BLOCK, num_warps=_NUM_WARPS
+            out,
+            per_read,
+            read_order,
+            offsets,
+            out.numel(),
+            WIDE=wide_type(out.dtype),
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
         )
     return out
 
@@ -305,7 +313,7 @@ def spread_entries(parts: Tensor, entry_of_read: Tensor | None) -> Tensor:
             num_entries,
             num_parts,
             MOVED=entry_of_read is not None,
-            WIDE=_wide(parts),
+            WIDE=wide_type(parts.dtype),
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )
@@ -327,7 +335,7 @@ def unpack_columns(pieces: Tensor, column_cuts: Sequence[int], num_tokens: int, 
     out = pieces.new_empty(num_tokens, column_cuts[-1])
     if out.numel():
         grid, tile = _tiles(num_tokens, column_cuts, pieces.element_size())
-        unpack_kernel[grid](out, pieces, num_tokens, column_cuts[-1], parts, WIDE=_wide(pieces), **tile)
+        unpack_kernel[grid](out, pieces, num_tokens, column_cuts[-1], parts, WIDE=wide_type(pieces.dtype), **tile)
     return out
 
 
@@ -348,8 +356,3 @@ def _tiles(num_tokens: int, column_cuts: Sequence[int], element_size: int) -> tu
         "COLUMNS": columns,
         "num_warps": _NUM_WARPS,
     }
-
-
-def _wide(numbers: Tensor) -> tl.dtype:
-    """The type of arithmetic on numbers of a dtype."""
-    return tl.float64 if numbers.dtype == torch.float64 else tl.float32
