@@ -19,10 +19,10 @@ def experts(width: int, dtype: torch.dtype) -> None:
 
 
 CASES = {
-    "peer-768-bf16": Case(lambda: experts(768, BF16), registers=128, vector_loads=8),
-    "peer-768-float32": Case(lambda: experts(768, FLOAT32), registers=128, vector_loads=8),
-    "peer-2048-bf16": Case(lambda: experts(2048, BF16), registers=128, vector_loads=8),
-    "peer-4096-bf16": Case(lambda: experts(4096, BF16), registers=128, vector_loads=8),
+    "peer-768-bf16": Case(lambda: experts(768, BF16), registers=112, vector_loads=8),
+    "peer-768-float32": Case(lambda: experts(768, FLOAT32), registers=112, vector_loads=8),
+    "peer-2048-bf16": Case(lambda: experts(2048, BF16), registers=112, vector_loads=8),
+    "peer-4096-bf16": Case(lambda: experts(4096, BF16), registers=112, vector_loads=8),
     # Rows that do not start on 16 bytes are read number by number.
     "peer-33-float64": Case(lambda: experts(33, FLOAT64), registers=224, vector_loads=0),
 }

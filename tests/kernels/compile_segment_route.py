@@ -32,13 +32,13 @@ def columns(width: int, shards: int, dtype: torch.dtype, *, tile: int = 128) -> 
 
 
 CASES = {
-    "route-128": Case(lambda: bucket(128, torch.int64, merge=False), registers=96, vector_loads=1),
-    "route-128-merged": Case(lambda: bucket(128, torch.int64, merge=True), registers=128, vector_loads=1),
-    "route-100-merged-int32": Case(lambda: bucket(100, torch.int32, merge=True), registers=128, vector_loads=0),
-    "entries-bf16": Case(lambda: entries(BF16), registers=64, vector_loads=0),
+    "route-128": Case(lambda: bucket(128, torch.int64, merge=False), registers=64, vector_loads=1),
+    "route-128-merged": Case(lambda: bucket(128, torch.int64, merge=True), registers=96, vector_loads=1),
+    "route-100-int32": Case(lambda: bucket(100, torch.int32, merge=False), registers=64, vector_loads=0),
+    "entries-bf16": Case(lambda: entries(BF16), registers=96, vector_loads=0),
     "columns-4096-bf16": Case(lambda: columns(4096, 8, BF16), registers=64, vector_loads=4),
     "columns-2048-bf16": Case(lambda: columns(2048, 3, BF16), registers=64, vector_loads=4),
     "columns-768-float32": Case(lambda: columns(768, 5, FLOAT32), registers=64, vector_loads=4),
     # Slices that do not start on 16 bytes are moved number by number.
-    "columns-33-float32": Case(lambda: columns(33, 4, FLOAT32, tile=5), registers=64, vector_loads=0),
+    "columns-33-float32": Case(lambda: columns(33, 4, FLOAT32, tile=5), registers=128, vector_loads=0),
 }
