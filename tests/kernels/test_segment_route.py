@@ -132,6 +132,9 @@ def test_route_checks_what_it_is_given(backend: Backend, checking: Backend) -> N
         route(torch.zeros(3), cuts, backend=backend)
     with pytest.raises(ValueError, match="row_cuts is"):
         route(torch.zeros(3, 2, dtype=torch.int64), cuts[:1], backend=backend)
+    if backend.is_triton:
+        with pytest.raises(ValueError, match="at most 1024 reads a token"):
+            route(torch.zeros(1, 1025, dtype=torch.int64), cuts, merge=True, backend=backend)
     with pytest.raises(IndexError, match="holds 0 to 9, but slots are 0 to 8"):
         route(torch.tensor([[0, 9]]), cuts, backend=checking)
 
@@ -150,6 +153,13 @@ def test_packed_columns_match_reference(num_tokens: int, copies: int, dtype: tor
         for cuts in (CUTS[width], [0, width]):
             packed = pack_columns(numbers, cuts, copies, backend=backend)
             assert torch.equal(packed, reference.pack_columns(numbers, cuts, copies))
+
+
+def test_packed_columns_have_any_strides(backend: Backend) -> None:
+    # As the gradient of a sum, or of a transposed result.
+    for numbers in (torch.randn(1, 1).expand(5, 33), torch.randn(33, 5).T):
+        packed = pack_columns(numbers, CUTS[33], 2, backend=backend)
+        assert torch.equal(packed, reference.pack_columns(numbers, CUTS[33], 2))
 
 
 @every_dtype

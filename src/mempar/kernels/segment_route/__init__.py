@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mempar.kernels.checks import check_rows, require
+from mempar.kernels.checks import require
 from mempar.kernels.dispatch import Backend
 from mempar.kernels.segment_route import native
 
@@ -158,7 +158,7 @@ def pack_columns(numbers: Tensor, column_cuts: Sequence[int], copies: int, *, ba
     """Lay the column slices of `[T, D]` one after the other, each as often as it is sent.
 
     Args:
-        numbers: `[T, D]`; rows may lie any distance apart.
+        numbers: `[T, D]`, of any strides.
         column_cuts: W + 1 boundaries, from 0 to D.
         copies: R, of every slice.
         backend: what moves them.
@@ -169,8 +169,8 @@ def pack_columns(numbers: Tensor, column_cuts: Sequence[int], copies: int, *, ba
     Raises:
         ValueError: shapes or cuts do not fit.
     """
-    _check_cuts(column_cuts, "numbers", numbers, numbers.shape[-1])
-    check_rows("numbers", numbers)
+    require(numbers.dim() == 2, "numbers", numbers, "two dimensions")
+    _check_cuts(column_cuts, "numbers", numbers, numbers.shape[1])
     if len(column_cuts) == 2 and copies == 1:
         return numbers.reshape(-1)
     if backend.is_triton:

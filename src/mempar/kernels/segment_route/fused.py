@@ -19,10 +19,11 @@ from mempar.kernels.checks import require
 from mempar.kernels.segment_route.native import Buckets
 from mempar.kernels.weighted_gather.fused import wide_type
 
-# Reads that a program of 4 warps holds at a time: twice as many, sorted with their places, spill.
+# Reads that a program of 4 warps holds at a time: with twice as many a thread, sorting them spills.
 _TILE_READS = 512
-# Reads of a token that a program of 4 warps still sorts in registers.
+# Most reads of a token: 32 warps hold them; sorting that many, to merge them, would spill.
 _MOST_READS = 4096
+_MOST_MERGED_READS = 1024
 # Numbers of a program that sums or moves single ones.
 _BLOCK = 1024
 # Bytes of a tile of columns: 4 warps with 4 pieces of 16 bytes a thread under way.
@@ -190,7 +191,8 @@ def pack_kernel(
     out_ptr,
     in_ptr,
     num_tokens,
-    stride,
+    token_stride,
+    column_stride,
     copies,
     CUTS: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -203,7 +205,8 @@ def pack_kernel(
     start, width = _slice_of(tl.program_id(1) // BLOCKS, CUTS, ALIGN)
     column = (tl.program_id(1) % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (token < num_tokens)[:, None] & (column < width)[None, :]
-    numbers = tl.load(in_ptr + (token * stride)[:, None] + (start + column)[None, :], mask=inside, other=0)
+    numbers = in_ptr + (token * token_stride)[:, None] + ((start + column).to(tl.int64) * column_stride)[None, :]
+    numbers = tl.load(numbers, mask=inside, other=0)
     # The parts of the slices before this one, and then those of this one.
     place = (start.to(tl.int64) * num_tokens * copies + token * width)[:, None] + column[None, :]
     for _ in range(copies):
@@ -250,7 +253,8 @@ def bucket(slot_index: Tensor, row_cuts: Tensor, merge: bool) -> Buckets:
     Raises:
         ValueError: a token has more reads than a program can hold.
     """
-    require(slot_index.shape[1] <= _MOST_READS, "slot_index", slot_index, f"at most {_MOST_READS} reads a token")
+    most = _MOST_MERGED_READS if merge else _MOST_READS
+    require(slot_index.shape[1] <= most, "slot_index", slot_index, f"at most {most} reads a token")
     num_tokens, reads = slot_index.shape
     num_shards, num_reads = row_cuts.numel() - 1, slot_index.numel()
     # [1 or 2, R, T]: entries, and where they are merged reads
@@ -261,7 +265,12 @@ def bucket(slot_index: Tensor, row_cuts: Tensor, merge: bool) -> Buckets:
     if not num_reads:
         return Buckets(row_index, counts[0].zero_(), read_order, entry_of_read, offsets)
     tile_reads = triton.next_power_of_2(reads)
-    tile = {"TOKENS": max(1, _TILE_READS // tile_reads), "READS": tile_reads, "MERGE": merge, "num_warps": _NUM_WARPS}
+    tile = {
+        "TOKENS": max(1, _TILE_READS // tile_reads),
+        "READS": tile_reads,
+        "MERGE": merge,
+        "num_warps": _NUM_WARPS * max(1, tile_reads // _TILE_READS),
+    }
     grid = (triton.cdiv(num_tokens, tile["TOKENS"]),)
     sizes = (num_tokens, num_shards, reads)
     count_kernel[grid](counts[0], counts[-1], slot_index, row_cuts, *sizes, **tile)
@@ -326,7 +335,7 @@ def pack_columns(numbers: Tensor, column_cuts: Sequence[int], copies: int) -> Te
     out = numbers.new_empty(copies * num_tokens * width)
     if out.numel():
         grid, tile = _tiles(num_tokens, column_cuts, numbers.element_size())
-        pack_kernel[grid](out, numbers, num_tokens, numbers.stride(0), copies, **tile)
+        pack_kernel[grid](out, numbers, num_tokens, *numbers.stride(), copies, **tile)
     return out
 
 
