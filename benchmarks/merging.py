@@ -15,8 +15,8 @@ import torch
 
 from mempar.kernels.dispatch import TORCH
 from mempar.kernels.reduce_rows import reduce_rows
+from mempar.kernels.segment_route import route
 from mempar.kernels.weighted_gather import bag_of_entries, gather_scores, weighted_gather
-from mempar.parallel.routing import route
 
 TOKENS, NUM_SLOTS, RUNS = 1024, 256**2, 10
 SHAPES = [(128, 256), (128, 512), (128, 1024), (32, 256)]
@@ -33,7 +33,7 @@ def measure(reads: int, width: int) -> tuple[float, float]:
     """Nanoseconds a read of merging, and of an owner's work on an entry."""
     slots = torch.stack([torch.randperm(NUM_SLOTS)[:reads] for _ in range(TOKENS)])
     weight = torch.rand(TOKENS, reads)
-    cuts = [0, NUM_SLOTS // 2, NUM_SLOTS]
+    cuts = torch.tensor([0, NUM_SLOTS // 2, NUM_SLOTS])
     table, grad = torch.randn(NUM_SLOTS, width), torch.randn(TOKENS, width)
     rows, flat = slots.view(-1).int(), weight.view(-1)
     offsets = torch.arange(0, len(rows) + 1, reads, dtype=torch.int32)

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from layout_cases import Case
+from mempar.kernels.dispatch import Backend
 from mempar.memory import layer as memory_layer
 from mempar.runtime.config import RunConfig
 from mempar.runtime.in_flight import Pass
@@ -38,12 +39,14 @@ def train_reference(run: RunConfig, steps: int) -> Seen:
     def observe(session: Session, seen: Seen) -> None:
         seen.extra["gaps"] = gaps
 
-        def probe(query: Tensor, keys: Tensor, top_k: int, slot_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        def probe(
+            query: Tensor, keys: Tensor, top_k: int, slot_index: Tensor | None = None, *, backend: Backend
+        ) -> tuple[Tensor, Tensor]:
             if session.tracer.step == 0:
                 score = slot_scores(query.detach(), keys.detach())
                 best = score.topk(top_k + 1).values
                 probe.gap = ((best[..., -2] - best[..., -1]) / (score.amax(-1) - score.amin(-1))).numpy()
-            return choose(query, keys, top_k, slot_index)
+            return choose(query, keys, top_k, slot_index, backend=backend)
 
         def factory(block: int, length: int, current: Pass) -> Any:
             samples = current.batch.sample_ids

@@ -99,10 +99,9 @@ class MemoryLayer(nn.Module):
         slot_index, weight = slot_index.flatten(1), weight.flatten(1)
         found = readers.values.find(slot_index, token_counts)
         if self.config.variant == "peer":
-            assert readers.down is not None
-            hidden = readers.down.dot(found, x)
-            weight = weight * F.gelu(hidden.to(weight.dtype))
-        out = readers.values.read(found, weight).to(x.dtype)
+            out = readers.read_experts(found, weight, x).to(x.dtype)
+        else:
+            out = readers.values.read(found, weight).to(x.dtype)
         if self.config.variant == "memory_plus":
             out = self.output_proj(out * F.silu(self.gate_proj(x)))
         if self.config.scalar_gate:

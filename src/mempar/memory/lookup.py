@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mempar.kernels.peer import peer, peer_backward
+from mempar.kernels.weighted_gather import bag_of_entries
 from mempar.memory.values import ValueShard
 
 
@@ -70,6 +73,29 @@ class Readers:
 
     values: RowReader
     down: RowReader | None = None
+
+    def read_experts(self, found: Any, weight: Tensor, x: Tensor) -> Tensor:
+        """Sum what the chosen experts say: `weight[t, m] * gelu(down[slot] . x[t]) * values[slot]`.
+
+        Where both tables lie here whole that is one operation. Elsewhere it is two, because the products are sums over
+        the ranks that hold the columns: they have to be exchanged before they are activated.
+
+        Args:
+            found: the rows, from `find` of one of the readers.
+            weight: `[T, M]`; differentiable.
+            x: `[T, D]`; differentiable.
+
+        Returns:
+            `[T, D]` in the tables' dtype.
+        """
+        assert self.down is not None
+        match self.down, self.values:
+            case LocalReader(shard=down), LocalReader(shard=values):
+                dtype = values.values.dtype
+                weight = weight.to(torch.promote_types(dtype, torch.float32))
+                return _LocalExperts.apply(weight, x.to(dtype), found, down, values)
+        hidden = self.down.dot(found, x)
+        return self.values.read(found, weight * F.gelu(hidden.to(weight.dtype)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,3 +182,26 @@ class _LocalDot(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         return ctx.shard.dot_backward(ctx.found.row_index, grad.reshape(-1), ctx.found.offsets, x), None, None
+
+
+class _LocalExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor, found: LocalRows, down: ValueShard, values: ValueShard) -> Tensor:
+        weight, x = weight.detach().reshape(-1), x.detach().contiguous()
+        row_index, offsets, backend = found.row_index, found.offsets, values.backend
+        out, hidden = peer(down.values, values.values, row_index, weight, offsets, x, backend=backend)
+        ctx.save_for_backward(weight, x, hidden)
+        ctx.found, ctx.down, ctx.values = found, down, values
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        weight, x, hidden = ctx.saved_tensors
+        found, down, values, grad = ctx.found, ctx.down, ctx.values, grad.contiguous()
+        tables = (down.values, values.values)
+        grads = peer_backward(*tables, found.row_index, weight, found.offsets, hidden, grad, backend=values.backend)
+        bag_index = bag_of_entries(found.offsets, len(found.row_index))
+        values.deposit(found.row_index, grads.value_weight, bag_index, grad)
+        down.deposit(found.row_index, grads.down_weight, bag_index, x)
+        return grads.weight.view(found.shape), grads.x, None, None, None

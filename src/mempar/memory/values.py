@@ -92,7 +92,7 @@ class ValueShard:
             `[E]` partial gradient of the weights, from this shard's columns.
         """
         grad, bag_index = grad.contiguous(), bag_of_entries(offsets, len(row_index))
-        self._deposit(_Record(row_index, weight, bag_index, grad))
+        self.deposit(row_index, weight, bag_index, grad)
         return gather_scores(self.values, row_index, bag_index, grad, backend=self.backend)
 
     def dot(self, row_index: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
@@ -121,8 +121,21 @@ class ValueShard:
         Returns:
             `[B, D_j]` partial gradient of `x`, from this shard's rows.
         """
-        self._deposit(_Record(row_index, grad, bag_of_entries(offsets, len(row_index)), x))
+        self.deposit(row_index, grad, bag_of_entries(offsets, len(row_index)), x)
         return weighted_gather(self.values, row_index, grad, offsets, backend=self.backend)
+
+    def deposit(self, row_index: Tensor, weight: Tensor, bag_index: Tensor, grad: Tensor) -> None:
+        """Keep a gradient of rows, `weight[e] * grad[bag_index[e]]` of row `row_index[e]`, until it is taken.
+
+        Args:
+            row_index: `[E] int32`.
+            weight: `[E]`.
+            bag_index: `[E] int32`, rows of `grad`.
+            grad: `[B, D_j]`.
+        """
+        self._records.append(_Record(row_index, weight, bag_index, grad))
+        if self.deposit_bytes and sum(each.num_bytes for each in self._records) > self.deposit_bytes:
+            self._sum_early()
 
     def take_gradient(self) -> tuple[Tensor, Tensor]:
         """Reduce all records by row and forget them.
@@ -145,11 +158,6 @@ class ValueShard:
             [record.grad for record in records],
             backend=self.backend,
         )
-
-    def _deposit(self, record: _Record) -> None:
-        self._records.append(record)
-        if self.deposit_bytes and sum(each.num_bytes for each in self._records) > self.deposit_bytes:
-            self._sum_early()
 
     def _sum_early(self) -> None:
         """Replace all records by one for each row; when that happens depends on the records' sizes alone."""

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mempar.kernels.dispatch import Backend
+from mempar.kernels.segment_route import Route, route
 from mempar.parallel.collectives import MemberGroup
 from mempar.parallel.one_hop import OneHop
-from mempar.parallel.routing import RoutedEntries, route
 from mempar.parallel.shard_plan import ShardPlan
 
 
@@ -88,7 +88,7 @@ class Request:
     """
 
     shape: torch.Size
-    routed: RoutedEntries
+    routed: Route
     receive_sizes: list[int]
     token_counts: list[int]
     row_index: Tensor
@@ -121,9 +121,10 @@ class ShardedReader:
         self.store = store
         self.plan = plan
         self.group = group
-        self.value_route = value_route or OneHop(plan, group)
+        self.value_route = value_route or OneHop(plan, group, backend=store.backend)
         self.merge = merge
-        self.row_cuts = plan.row_cuts
+        # Where the slots will lie: copied once, because the host waits for a copy.
+        self.row_cuts = torch.tensor(plan.row_cuts, device=store.values.device)
 
     def find(self, slot_index: Tensor, token_counts: list[int] | None = None) -> Request:
         """Phase C and the rows of F1: tell the owners which rows this rank wants.
@@ -138,12 +139,13 @@ class ShardedReader:
         """
         routed = route(slot_index, self.row_cuts, merge=self.merge, backend=self.store.backend)
         receive_sizes, token_counts = self._sizes(slot_index, routed, token_counts)
-        row_index = self._to_owners(list(routed.row_index.split(routed.sizes)), receive_sizes)
+        row_index = self._to_owners(routed.row_index, routed.sizes, receive_sizes)
         if routed.counts is None:
             reads = slot_index.shape[1]
             counts = torch.full((sum(token_counts),), reads, dtype=torch.int32, device=slot_index.device)
         else:
-            counts = self._to_owners(list(routed.counts), token_counts).int()
+            num_tokens = [len(slot_index)] * self.plan.num_row_shards
+            counts = self._to_owners(routed.counts.view(-1), num_tokens, token_counts).int()
         offsets = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
         torch.cumsum(counts, 0, out=offsets[1:])
         return Request(
@@ -190,7 +192,7 @@ class ShardedReader:
             `[received E]`.
         """
         routed = request.routed
-        return self._to_owners(list(routed.to_entries(weight).split(routed.sizes)), request.receive_sizes)
+        return self._to_owners(routed.to_entries(weight), routed.sizes, request.receive_sizes)
 
     def return_values(self, partial: Tensor, request: Request) -> Tensor:
         """Phase F2: from this shard's sums `[T_sum, D_j]` of all members' tokens to this rank's `[T, D]`."""
@@ -210,31 +212,24 @@ class ShardedReader:
         Returns:
             `[T*M]`, for every read.
         """
-        rows = self.plan.num_row_shards
-        sizes = self._send_sizes(request.routed)
-        pieces = self.group.all_to_all(score_grad, request.receive_sizes, sizes, "score_grads").split(sizes)
-        # Column shards are added lowest first; member m holds row shard m % R.
-        buckets = [sum(pieces[shard + rows :: rows], pieces[shard]) for shard in range(rows)]
-        return request.routed.to_reads(torch.cat(buckets))
+        columns, routed = self.plan.num_column_shards, request.routed
+        parts = self.group.all_to_all(score_grad, request.receive_sizes, routed.sizes * columns, "score_grads")
+        # Column shards are added lowest first: members stand in their order, row shards fastest.
+        return routed.to_reads(parts)
 
-    def _send_sizes(self, routed: RoutedEntries) -> list[int]:
-        """Entries for each member."""
-        return [routed.sizes[self.plan.row_shard(member)] for member in range(self.group.size)]
+    def _to_owners(self, buckets: Tensor, sizes: list[int], receive_sizes: list[int]) -> Tensor:
+        """Send bucket i, `sizes[i]` long, to every rank of row shard i: members stand in their order, over and over."""
+        columns = self.plan.num_column_shards
+        sent = buckets if columns == 1 else buckets.repeat(columns)
+        return self.group.all_to_all(sent, sizes * columns, receive_sizes, "entries")
 
-    def _to_owners(self, buckets: list[Tensor], receive_sizes: list[int]) -> Tensor:
-        """Send bucket i to every rank of row shard i."""
-        sent = [buckets[self.plan.row_shard(member)] for member in range(self.group.size)]
-        return self.group.all_to_all(torch.cat(sent), [len(part) for part in sent], receive_sizes, "entries")
-
-    def _sizes(
-        self, slot_index: Tensor, routed: RoutedEntries, token_counts: list[int] | None
-    ) -> tuple[list[int], list[int]]:
+    def _sizes(self, slot_index: Tensor, routed: Route, token_counts: list[int] | None) -> tuple[list[int], list[int]]:
         """Phase C: entries and tokens to expect from each member; only what it cannot know is exchanged."""
         num_tokens, reads = slot_index.shape
         fixed = routed.counts is None
         told: list[list[int]] = [[] for _ in range(self.group.size)]
         if not fixed:
-            told = [[size] for size in self._send_sizes(routed)]
+            told = [[size] for size in routed.sizes * self.plan.num_column_shards]
         if token_counts is None:
             told = [[*numbers, num_tokens] for numbers in told]
         if told[0]:

@@ -1,10 +1,9 @@
 """Sums and output gradients in one hop: every member of the group sends to every other (F2, B1)."""
 
-import itertools
-
-import torch
 from torch import Tensor
 
+from mempar.kernels.dispatch import TORCH, Backend
+from mempar.kernels.segment_route import pack_columns, unpack_columns
 from mempar.parallel.collectives import MemberGroup
 from mempar.parallel.shard_plan import ShardPlan
 
@@ -12,8 +11,16 @@ from mempar.parallel.shard_plan import ShardPlan
 class OneHop:
     """Moves a table's sums and gradients in one all-to-all over the memory-parallel group."""
 
-    def __init__(self, plan: ShardPlan, group: MemberGroup) -> None:
+    def __init__(self, plan: ShardPlan, group: MemberGroup, *, backend: Backend = TORCH) -> None:
+        """Join the group.
+
+        Args:
+            plan: how the table is cut.
+            group: the memory-parallel group.
+            backend: what packs and adds.
+        """
         self.group = group
+        self.backend = backend
         self.rows = plan.num_row_shards
         self.column_cuts = plan.column_cuts
         spans = [plan.columns_of(member) for member in range(plan.num_shards)]
@@ -33,12 +40,9 @@ class OneHop:
         receive_sizes = [num_tokens * columns for columns in self.widths]
         send_sizes = [count * width for count in token_counts]
         received = self.group.all_to_all(partial.reshape(-1), send_sizes, receive_sizes, "values")
-        out = partial.new_zeros(num_tokens, self.column_cuts[-1])
-        # Members in order: row shards are added lowest first, whatever this rank's own shard is.
-        for member, piece in enumerate(received.split(receive_sizes)):
-            start = self.column_cuts[member // self.rows]
-            out[:, start : start + self.widths[member]] += piece.view(num_tokens, self.widths[member])
-        return out
+        # Members stand column shard by column shard, and in it row shards are added lowest first, whatever this rank's
+        # own shard is.
+        return unpack_columns(received, self.column_cuts, num_tokens, self.rows, backend=self.backend)
 
     def send_output_grads(self, grad: Tensor, token_counts: list[int]) -> Tensor:
         """Phase B1: give every owner its columns of this rank's output gradient.
@@ -52,8 +56,7 @@ class OneHop:
             `b T (R D - D_j)` bytes.
         """
         width = self.widths[self.group.rank]
-        slices = [grad[:, start:end].reshape(-1) for start, end in itertools.pairwise(self.column_cuts)]
-        send = torch.cat([slices[member // self.rows] for member in range(self.group.size)])
+        send = pack_columns(grad, self.column_cuts, self.rows, backend=self.backend)
         send_sizes = [len(grad) * columns for columns in self.widths]
         received = self.group.all_to_all(send, send_sizes, [count * width for count in token_counts], "output_grads")
         return received.view(sum(token_counts), width)

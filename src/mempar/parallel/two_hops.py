@@ -12,6 +12,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from mempar.kernels.dispatch import TORCH, Backend
+from mempar.kernels.segment_route import pack_columns, unpack_columns
 from mempar.parallel.collectives import MemberGroup
 from mempar.parallel.shard_plan import ShardPlan
 
@@ -19,18 +21,20 @@ from mempar.parallel.shard_plan import ShardPlan
 class TwoHops:
     """Moves a grid's sums and gradients over two smaller groups."""
 
-    def __init__(self, plan: ShardPlan, inside: MemberGroup, across: MemberGroup) -> None:
+    def __init__(self, plan: ShardPlan, inside: MemberGroup, across: MemberGroup, *, backend: Backend = TORCH) -> None:
         """Join the two groups.
 
         Args:
             plan: how the table is cut.
             inside: the R ranks that hold this rank's column shard, row shards ascending.
             across: the W ranks that hold this rank's row shard, column shards ascending.
+            backend: what packs and adds.
         """
         shards = (plan.num_row_shards, plan.num_column_shards)
         if (inside.size, across.size) != shards:
             raise ValueError(f"{shards} row and column shards need such groups, got {inside.size} and {across.size}.")
         self.inside, self.across = inside, across
+        self.backend = backend
         self.column_cuts = plan.column_cuts
         self.widths = [end - start for start, end in itertools.pairwise(self.column_cuts)]
         self.rows, self.columns = shards
@@ -58,15 +62,12 @@ class TwoHops:
         send = torch.cat([piece for row in range(self.rows) for piece in pieces[row :: self.rows]])
         send_sizes = [sum(counts) for counts in by_row]
         received = self.inside.all_to_all(send, send_sizes, [sum(mine)] * self.rows, "values_inside")
-        total = partial.new_zeros(sum(mine), width)
         # Lowest row shard first, as in one hop.
-        for piece in received.view(self.rows, sum(mine), width):
-            total += piece
+        total = unpack_columns(received.view(-1), [0, width], sum(mine), self.rows, backend=self.backend)
         receive_sizes = [num_tokens * columns for columns in self.widths]
         send_sizes = [count * width for count in mine]
         received = self.across.all_to_all(total.view(-1), send_sizes, receive_sizes, "values_across")
-        slices = zip(received.split(receive_sizes), self.widths, strict=True)
-        return torch.cat([piece.view(num_tokens, columns) for piece, columns in slices], dim=1)
+        return unpack_columns(received, self.column_cuts, num_tokens, 1, backend=self.backend)
 
     def send_output_grads(self, grad: Tensor, token_counts: list[int]) -> Tensor:
         """Phase B1: send each column shard its slice once, to the rank of the same row; share it inside.
@@ -81,7 +82,7 @@ class TwoHops:
         """
         by_row = self._tokens_by_row(token_counts)
         mine, width = by_row[self.inside.rank], self.widths[self.across.rank]
-        send = torch.cat([grad[:, start:end].reshape(-1) for start, end in itertools.pairwise(self.column_cuts)])
+        send = pack_columns(grad, self.column_cuts, 1, backend=self.backend)
         send_sizes = [len(grad) * columns for columns in self.widths]
         receive_sizes = [count * width for count in mine]
         received = self.across.all_to_all(send, send_sizes, receive_sizes, "output_grads_across")

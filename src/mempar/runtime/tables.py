@@ -147,7 +147,11 @@ def _reader(run: RunConfig, world: World, memory: str, shard: ValueShard) -> Row
     reader: RowReader = LocalReader(shard)
     if group.size > 1:
         two = grid.mp_hops == 2
-        value_route = TwoHops(plan, world.groups.inside, world.groups.across) if two else OneHop(plan, group)
+        value_route = (
+            TwoHops(plan, world.groups.inside, world.groups.across, backend=world.backend)
+            if two
+            else OneHop(plan, group, backend=world.backend)
+        )
         reader = ShardedReader(shard, plan, group, value_route=value_route, merge=placement.memories[memory].merge)
     if grid.tp > 1 and not run.parallel.sequence_parallel:
         reader = TokenSplitReader(reader, world.groups.tensor, [grid.tp_rank(member) for member in _members(world)])
