@@ -79,7 +79,7 @@ class Contest:
         name: of the operation.
         ours: computes it.
         truth: computes it in some plain way, for `ours` to be compared with; None where it was compared before.
-        sample: what `truth` is compared with where `ours` changes its inputs: the same on a few of them; by default `ours`.
+        sample: what is compared where `ours` changes its inputs: the same on a few of them; by default `ours`.
         rivals: other ways by name, the first of them the one that ratios are given to.
         num_bytes: that must be read and written, at least.
         num_flops: that must be computed, at least.
