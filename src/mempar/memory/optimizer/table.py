@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mempar.dims import TableSlice
 from mempar.kernels.dispatch import TORCH, Backend
-from mempar.memory.optimizer.rounding import Rounder
+from mempar.kernels.row_update.rounding import Rounder
 
 # Elements updated at a time, which bounds the temporaries.
 CHUNK_ELEMENTS = 1 << 20

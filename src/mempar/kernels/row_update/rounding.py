@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mempar.dims import TableSlice
-from mempar.memory.hashing import hashed_bits
+from mempar.kernels.hashing import hashed_bits
 
 # Which tensor is rounded: part of the key, so that no two share their bits.
 _STREAMS = {"values": 0, "exp_avg": 1, "exp_avg_sq": 2}
