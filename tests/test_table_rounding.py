@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mempar.kernels.hashing import hashed_bits
-from mempar.memory.optimizer import OptimizerSettings, TableAdam, make_table_optimizer
 from mempar.kernels.row_update.rounding import Rounder
+from mempar.memory.optimizer import OptimizerSettings, TableAdam, make_table_optimizer
 from rank_pool import RankPool
 from shards import slice_of, touched_rows, whole_part
 from toy import TABLE, joined, toy_run, train

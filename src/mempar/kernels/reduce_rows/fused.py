@@ -212,9 +212,7 @@ def sum_rows(entries: Entries) -> Tensor:
     return out
 
 
-def sum_long_rows(
-    entries: Entries, columns: int, values: Tensor | None = None, scores: Tensor | None = None
-) -> Tensor:
+def sum_long_rows(entries: Entries, columns: int, values: Tensor | None = None, scores: Tensor | None = None) -> Tensor:
     """Sum the pieces of long rows.
 
     Args:
