@@ -8,7 +8,15 @@ from compiled import Case
 from mempar.dims import TableSlice
 from mempar.kernels.dispatch import Backend
 from mempar.kernels.reduce_rows.segments import PIECE_ENTRIES
-from mempar.kernels.row_update import Adagrad, Adam, Rule, TableRows, backward_and_update, reduce_and_update, update_rows
+from mempar.kernels.row_update import (
+    Adagrad,
+    Adam,
+    Rule,
+    TableRows,
+    backward_and_update,
+    reduce_and_update,
+    update_rows,
+)
 
 TRITON = Backend(name="triton")
 BF16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64

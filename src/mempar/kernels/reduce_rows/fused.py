@@ -17,7 +17,8 @@ from mempar.kernels.weighted_gather.fused import wide_type
 
 # Bytes of a tile of gradient rows that a program holds at a time: 4 loads of 16 bytes a thread under way at 4 warps.
 _TILE_BYTES = 4 * 32 * 4 * 16
-_MOST_ENTRIES = 16
+# Entries at a time: the least, so that loads of whole rows overlap too, and the most.
+_LEAST_ENTRIES, _MOST_ENTRIES = 2, 16
 # Widest piece of a row that a program takes.
 _MOST_COLUMNS = 1024
 # Columns of a warp: 8 a thread.
@@ -266,7 +267,7 @@ def tile_arguments(entries: Entries, columns: int) -> dict[str, Any]:
         "WIDE": wide_type(torch.promote_types(entries.weight.dtype, entries.base.dtype)),
         "MIXED": entries.is_wide is not None,
         "ALIGNED": entries.aligned,
-        "ENTRIES": max(1, min(_MOST_ENTRIES, at_once)),
+        "ENTRIES": max(_LEAST_ENTRIES, min(_MOST_ENTRIES, at_once)),
         "COLUMNS": columns,
         "num_warps": num_warps(columns),
     }

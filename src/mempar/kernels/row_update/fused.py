@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,9 +18,9 @@ from torch import Tensor
 from mempar.kernels.hashing import folded_key
 from mempar.kernels.reduce_rows import fused as sums
 from mempar.kernels.reduce_rows.segments import Entries, locate_entries
+from mempar.kernels.row_update.fused_rules import apply_rule
 from mempar.kernels.row_update.rounding import STREAMS
 from mempar.kernels.row_update.rows import Adagrad, Rule, TableRows
-from mempar.kernels.row_update.fused_rules import apply_rule
 from mempar.kernels.weighted_gather.fused import wide_type
 
 # Columns of a program: the least keeps 8 to a thread, so that how a tile is summed does not depend on how many tiles
@@ -32,9 +31,7 @@ _VARYING = ("row_start", "column_start", "values_key", "first_key", "second_key"
 
 
 @triton.jit
-def _columns_of(
-    piece, num_columns, TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _columns_of(piece, num_columns, TILE: tl.constexpr, COLUMN_TILE: tl.constexpr, COLUMNS: tl.constexpr):
     """Columns of a piece, and which of them exist; tiles that are no power of two are padded."""
     each = tl.arange(0, COLUMNS)
     if COLUMN_TILE == TILE:
@@ -212,6 +209,8 @@ def reduce_update_kernel(
             ENTRIES,
             COLUMNS,
         )
+    # Read again rather than kept in registers, of which Adam with bf16 moments has two too few otherwise (sm_90).
+    row = tl.load(row_ptr + segment, volatile=True).to(tl.int64)
     apply_rule(
         row,
         piece,

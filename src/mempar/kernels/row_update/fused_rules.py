@@ -48,21 +48,13 @@ def _round(wide, key, slot, column, first, QUARTERS: tl.constexpr, COLUMNS: tl.c
 @triton.jit
 def _root(x, WIDE: tl.constexpr):
     """Square root, rounded correctly."""
-    if WIDE == tl.float64:
-        root = tl.sqrt(x)
-    else:
-        root = tl.sqrt_rn(x)
-    return root
+    return tl.sqrt(x) if tl.float64 == WIDE else tl.sqrt_rn(x)
 
 
 @triton.jit
 def _quotient(x, y, WIDE: tl.constexpr):
     """Quotient, rounded correctly."""
-    if WIDE == tl.float64:
-        quotient = x / y
-    else:
-        quotient = tl.div_rn(x, y)
-    return quotient
+    return x / y if tl.float64 == WIDE else tl.div_rn(x, y)
 
 
 @triton.jit
@@ -125,7 +117,9 @@ def _adam(
     exp_avg_sq = exp_avg_sq * beta2 + (grad * grad) * (1 - beta2)
     if ROUND_MOMENTS:
         tl.store(first_ptr + place, _round(exp_avg, first_key, slot, column, first, QUARTERS, COLUMNS), mask=inside)
-        tl.store(second_ptr + place, _round(exp_avg_sq, second_key, slot, column, first, QUARTERS, COLUMNS), mask=inside)
+        tl.store(
+            second_ptr + place, _round(exp_avg_sq, second_key, slot, column, first, QUARTERS, COLUMNS), mask=inside
+        )
     else:
         tl.store(first_ptr + place, exp_avg, mask=inside)
         tl.store(second_ptr + place, exp_avg_sq, mask=inside)
@@ -183,9 +177,7 @@ def apply_rule(
     grad *= scale
     weight = kept.to(WIDE) * decay
     if ADAGRAD:
-        weight = _adagrad(
-            row, piece, weight, grad, first_ptr, num_columns, rate, eps, WIDE, TILE, COLUMN_TILE, COLUMNS
-        )
+        weight = _adagrad(row, piece, weight, grad, first_ptr, num_columns, rate, eps, WIDE, TILE, COLUMN_TILE, COLUMNS)
     else:
         weight = _adam(
             place,
