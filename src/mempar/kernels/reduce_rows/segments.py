@@ -87,7 +87,9 @@ def _cut(bounds: Tensor, most_pieces: int, piece_entries: int) -> tuple[Tensor, 
     row = torch.searchsorted(first_piece[1:], piece, right=True).clamp_(max=len(counts) - 1)
     start = bounds[row] + (piece - first_piece[row]) * piece_entries
     end = torch.minimum(start + piece_entries, bounds[row + 1])
-    return first_piece, torch.stack([torch.minimum(start, end), end]), row
+    # Made in excess.
+    end = torch.where(piece < first_piece[-1], end, start)
+    return first_piece, torch.stack([start, end]), row
 
 
 @dataclass(frozen=True, kw_only=True)
