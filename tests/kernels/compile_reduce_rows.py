@@ -32,5 +32,5 @@ CASES = {
     "reduce-2048-bf16-after-sums": Case(lambda: parts(2048, FLOAT32, BF16, BF16), registers=80, vector_loads=8),
     "reduce-768-bf16-parts": Case(lambda: parts(768, BF16, BF16), registers=64, vector_loads=4),
     "reduce-4096-float32": Case(lambda: rows(4096, FLOAT32), registers=64, vector_loads=4),
-    "reduce-33-float64": Case(lambda: rows(33, FLOAT64), registers=96, vector_loads=0),
+    "reduce-33-float64": Case(lambda: rows(33, FLOAT64), registers=128, vector_loads=0),
 }

@@ -69,17 +69,17 @@ def backward(name: str, width: int, dtype: torch.dtype, **settings: Any) -> obje
 
 
 CASES = {
-    "adagrad-4096-bf16": Case(lambda: update("adagrad", 4096, BF16), registers=80, vector_loads=2),
+    "adagrad-4096-bf16": Case(lambda: update("adagrad", 4096, BF16), registers=72, vector_loads=2),
     "adagrad-768-bf16-master": Case(lambda: update("adagrad", 768, BF16, master=True), registers=64, vector_loads=2),
-    "adam-2048-bf16-moments": Case(lambda: update("adam", 2048, BF16, moments=BF16), registers=96, vector_loads=4),
-    "adam-4096-bf16-master": Case(lambda: update("adam", 4096, BF16, master=True), registers=96, vector_loads=4),
-    "adam-768-float32": Case(lambda: update("adam", 768, FLOAT32), registers=80, vector_loads=4),
+    "adam-2048-bf16-moments": Case(lambda: update("adam", 2048, BF16, moments=BF16), registers=72, vector_loads=4),
+    "adam-4096-bf16-master": Case(lambda: update("adam", 4096, BF16, master=True), registers=72, vector_loads=4),
+    "adam-768-float32": Case(lambda: update("adam", 768, FLOAT32), registers=72, vector_loads=4),
     "adagrad-33-float64": Case(lambda: update("adagrad", 33, FLOAT64), registers=128, vector_loads=0),
-    "deposits-adagrad-4096-bf16": Case(lambda: deposits("adagrad", 4096, BF16), registers=80, vector_loads=4),
-    "deposits-adam-2048-bf16": Case(lambda: deposits("adam", 2048, BF16, moments=BF16), registers=96, vector_loads=4),
-    "backward-adagrad-4096-bf16": Case(lambda: backward("adagrad", 4096, BF16), registers=96, vector_loads=2),
+    "deposits-adagrad-4096-bf16": Case(lambda: deposits("adagrad", 4096, BF16), registers=72, vector_loads=4),
+    "deposits-adam-2048-bf16": Case(lambda: deposits("adam", 2048, BF16, moments=BF16), registers=72, vector_loads=4),
+    "backward-adagrad-4096-bf16": Case(lambda: backward("adagrad", 4096, BF16), registers=72, vector_loads=2),
     "backward-adam-2048-bf16-master": Case(
-        lambda: backward("adam", 2048, BF16, master=True), registers=96, vector_loads=4
+        lambda: backward("adam", 2048, BF16, master=True), registers=72, vector_loads=4
     ),
-    "backward-adagrad-768-float32": Case(lambda: backward("adagrad", 768, FLOAT32), registers=96, vector_loads=4),
+    "backward-adagrad-768-float32": Case(lambda: backward("adagrad", 768, FLOAT32), registers=72, vector_loads=4),
 }

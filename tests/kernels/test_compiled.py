@@ -5,10 +5,11 @@ from types import ModuleType
 import pytest
 
 import compile_reduce_rows
+import compile_row_update
 import compile_weighted_gather
 from compiled import ARCHITECTURES, SHARED_KIB, Case, launches, narrow_addresses
 
-MODULES: tuple[ModuleType, ...] = (compile_weighted_gather, compile_reduce_rows)
+MODULES: tuple[ModuleType, ...] = (compile_weighted_gather, compile_reduce_rows, compile_row_update)
 CASES: dict[str, Case] = {name: case for module in MODULES for name, case in module.CASES.items()}
 
 
