@@ -26,9 +26,9 @@ NUM_ENTRIES = PIECE_ENTRIES + 10
 
 
 def table_and_rule(
-    name: str, width: int, dtype: torch.dtype, *, master: bool = False, moments: torch.dtype = FLOAT32
+    name: str, width: int, dtype: torch.dtype, *, master: bool = False, moments: torch.dtype = FLOAT32, tile: int = 128
 ) -> tuple[TableRows, Rule]:
-    """A shard that rounds stochastically where it has no master; tiles of 128 columns."""
+    """A shard that rounds stochastically where it has no master."""
     part = TableSlice(
         num_slots=NUM_ROWS, value_dim=width, row_start=0, row_end=NUM_ROWS, column_start=0, column_end=width
     )
@@ -37,8 +37,8 @@ def table_and_rule(
     table = TableRows(values=values, part=part, master=values.to(wide) if master else None, stochastic=True)
     settings = {"lr": 0.1, "eps": 1e-8, "weight_decay": 0.1}
     if name == "adagrad":
-        accumulator = torch.zeros(NUM_ROWS, -(-width // 128), dtype=wide)
-        return table, Adagrad(accumulator=accumulator, column_tile=128, **settings)
+        accumulator = torch.zeros(NUM_ROWS, -(-width // tile), dtype=wide)
+        return table, Adagrad(accumulator=accumulator, column_tile=tile, **settings)
     moments = torch.promote_types(moments, BF16 if moments == BF16 else wide)
     exp_avg = torch.zeros(NUM_ROWS, width, dtype=moments)
     return table, Adam(exp_avg=exp_avg, exp_avg_sq=exp_avg.clone(), beta1=0.9, beta2=0.95, **settings)
@@ -75,6 +75,8 @@ CASES = {
     "adam-4096-bf16-master": Case(lambda: update("adam", 4096, BF16, master=True), registers=72, vector_loads=4),
     "adam-768-float32": Case(lambda: update("adam", 768, FLOAT32), registers=72, vector_loads=4),
     "adagrad-33-float64": Case(lambda: update("adagrad", 33, FLOAT64), registers=128, vector_loads=0),
+    # A hash and a load for every number.
+    "adagrad-100-bf16-odd-tiles": Case(lambda: update("adagrad", 100, BF16, tile=7), registers=128, vector_loads=0),
     "deposits-adagrad-4096-bf16": Case(lambda: deposits("adagrad", 4096, BF16), registers=72, vector_loads=4),
     "deposits-adam-2048-bf16": Case(lambda: deposits("adam", 2048, BF16, moments=BF16), registers=72, vector_loads=4),
     "backward-adagrad-4096-bf16": Case(lambda: backward("adagrad", 4096, BF16), registers=72, vector_loads=2),

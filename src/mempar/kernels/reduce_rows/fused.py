@@ -5,7 +5,7 @@ gradients) and added in an order that depends on a row's own entries alone. Long
 program writes what another one writes and nothing is atomic. Addresses are computed in 64 bits.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,45 +25,59 @@ _MOST_COLUMNS = 1024
 _WARP_COLUMNS = 256
 
 
+class Gradients(NamedTuple):
+    """What kernels read of sorted entries, see `segments.Entries`: pointers or tensors."""
+
+    place: Any
+    weight: Any
+    narrow: Any
+    wide: Any
+    is_wide: Any
+
+
+class SumForm(NamedTuple):
+    """Constants of a kernel that sums entries.
+
+    Attributes:
+        wide: type of arithmetic.
+        mixed: whether gradients are of two dtypes.
+        scores: whether the products of gradients with their rows' values are stored.
+        aligned: numbers that every gradient row starts on a multiple of.
+        piece: entries of the longest row that is not cut.
+        entries: how many are read at a time.
+        columns: of a program.
+    """
+
+    wide: Any
+    mixed: bool
+    scores: bool
+    aligned: int
+    piece: int
+    entries: int
+    columns: int
+
+
 @triton.jit
-def sum_entries(
-    start,
-    end,
-    place_ptr,
-    weight_ptr,
-    grad_ptr,
-    wide_grad_ptr,
-    is_wide_ptr,
-    column,
-    inside,
-    value,
-    scores_ptr,
-    order_ptr,
-    WIDE: tl.constexpr,
-    MIXED: tl.constexpr,
-    SCORES: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Sum the weighted gradients of sorted entries `[start, end)`; with SCORES, store their products with `value`."""
-    total = tl.zeros([COLUMNS], WIDE)
-    for first in tl.range(start, end, ENTRIES):
-        entry = first + tl.arange(0, ENTRIES)
+def sum_entries(start, end, gradients, column, inside, value, scores_ptr, order_ptr, FORM: tl.constexpr):
+    """Sum the weighted gradients of sorted entries `[start, end)`; with scores, store their products with `value`."""
+    ALIGNED: tl.constexpr = FORM.aligned
+    total = tl.full([FORM.columns], 0, FORM.wide)
+    for first in tl.range(start, end, FORM.entries):
+        entry = first + tl.arange(0, FORM.entries)
         live = entry < end
-        place = tl.multiple_of(tl.load(place_ptr + entry, mask=live, other=0), ALIGNED)
-        weight = tl.load(weight_ptr + entry, mask=live, other=0).to(WIDE)
+        place = tl.multiple_of(tl.load(gradients.place + entry, mask=live, other=0), ALIGNED)
+        weight = tl.load(gradients.weight + entry, mask=live, other=0).to(FORM.wide)
         present = live[:, None] & inside[None, :]
         offset = place[:, None] + column[None, :]
-        if MIXED:
-            is_wide = tl.load(is_wide_ptr + entry, mask=live, other=0) != 0
-            narrow = tl.load(grad_ptr + offset, mask=present & (is_wide == 0)[:, None], other=0).to(WIDE)
-            wide = tl.load(wide_grad_ptr + offset, mask=present & is_wide[:, None], other=0).to(WIDE)
+        if FORM.mixed:
+            is_wide = tl.load(gradients.is_wide + entry, mask=live, other=0) != 0
+            narrow = tl.load(gradients.narrow + offset, mask=present & (is_wide == 0)[:, None], other=0).to(FORM.wide)
+            wide = tl.load(gradients.wide + offset, mask=present & is_wide[:, None], other=0).to(FORM.wide)
             grad = tl.where(is_wide[:, None], wide, narrow)
         else:
-            grad = tl.load(grad_ptr + offset, mask=present, other=0).to(WIDE)
+            grad = tl.load(gradients.narrow + offset, mask=present, other=0).to(FORM.wide)
         total += tl.sum(grad * weight[:, None], 0)
-        if SCORES:
+        if FORM.scores:
             score = tl.sum(grad * value[None, :], 1)
             target = tl.load(order_ptr + entry, mask=live, other=0)
             tl.store(scores_ptr + target, score.to(scores_ptr.dtype.element_ty), mask=live)
@@ -71,121 +85,57 @@ def sum_entries(
 
 
 @triton.jit
-def sum_pieces(start, end, sums_ptr, num_columns, column, inside, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
+def sum_pieces(start, end, sums_ptr, num_columns, column, inside, FORM: tl.constexpr):
     """Add the sums of pieces `[start, end)` in order."""
-    total = tl.zeros([COLUMNS], WIDE)
+    total = tl.full([FORM.columns], 0, FORM.wide)
     for piece in tl.range(start, end):
-        total += tl.load(sums_ptr + piece * num_columns + column, mask=inside, other=0).to(WIDE)
+        total += tl.load(sums_ptr + piece * num_columns + column, mask=inside, other=0).to(FORM.wide)
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_pieces",))
 def pieces_kernel(
     sums_ptr,
     pieces_ptr,
     piece_row_ptr,
-    place_ptr,
-    weight_ptr,
-    grad_ptr,
-    wide_grad_ptr,
-    is_wide_ptr,
     num_pieces,
     num_columns,
+    gradients,
     row_ptr,
     values_ptr,
     values_stride,
     scores_ptr,
     order_ptr,
-    WIDE: tl.constexpr,
-    MIXED: tl.constexpr,
-    SCORES: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    """Sum a piece of a long row; with SCORES, multiply its entries' gradients with the row's values."""
+    """Sum a piece of a long row; with scores, multiply its entries' gradients with the row's values."""
     piece = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(1) * FORM.columns + tl.arange(0, FORM.columns)
     inside = column < num_columns
     start = tl.load(pieces_ptr + piece)
     end = tl.load(pieces_ptr + num_pieces + piece)
-    value = tl.zeros([COLUMNS], WIDE)
-    if SCORES:
+    value = tl.full([FORM.columns], 0, FORM.wide)
+    if FORM.scores:
         row = tl.load(row_ptr + tl.load(piece_row_ptr + piece)).to(tl.int64)
-        value = tl.load(values_ptr + row * values_stride + column, mask=inside, other=0).to(WIDE)
-    total = sum_entries(
-        start,
-        end,
-        place_ptr,
-        weight_ptr,
-        grad_ptr,
-        wide_grad_ptr,
-        is_wide_ptr,
-        column,
-        inside,
-        value,
-        scores_ptr,
-        order_ptr,
-        WIDE,
-        MIXED,
-        SCORES,
-        ALIGNED,
-        ENTRIES,
-        COLUMNS,
-    )
+        value = tl.load(values_ptr + row * values_stride + column, mask=inside, other=0).to(FORM.wide)
+    total = sum_entries(start, end, gradients, column, inside, value, scores_ptr, order_ptr, FORM)
     tl.store(sums_ptr + piece * num_columns + column, total, mask=inside)
 
 
 @triton.jit
-def rows_kernel(
-    out_ptr,
-    bounds_ptr,
-    first_piece_ptr,
-    sums_ptr,
-    place_ptr,
-    weight_ptr,
-    grad_ptr,
-    wide_grad_ptr,
-    is_wide_ptr,
-    num_columns,
-    WIDE: tl.constexpr,
-    MIXED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PIECE: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def rows_kernel(out_ptr, bounds_ptr, first_piece_ptr, sums_ptr, order_ptr, num_columns, gradients, FORM: tl.constexpr):
     """Write the sum of a row: of its entries, or of its pieces' sums."""
     segment = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(1) * FORM.columns + tl.arange(0, FORM.columns)
     inside = column < num_columns
     start = tl.load(bounds_ptr + segment)
     end = tl.load(bounds_ptr + segment + 1)
-    if end - start > PIECE:
+    if end - start > FORM.piece:
         first = tl.load(first_piece_ptr + segment)
         last = tl.load(first_piece_ptr + segment + 1)
-        total = sum_pieces(first, last, sums_ptr, num_columns, column, inside, WIDE, COLUMNS)
+        total = sum_pieces(first, last, sums_ptr, num_columns, column, inside, FORM)
     else:
-        total = sum_entries(
-            start,
-            end,
-            place_ptr,
-            weight_ptr,
-            grad_ptr,
-            wide_grad_ptr,
-            is_wide_ptr,
-            column,
-            inside,
-            0,
-            out_ptr,
-            place_ptr,
-            WIDE,
-            MIXED,
-            False,
-            ALIGNED,
-            ENTRIES,
-            COLUMNS,
-        )
+        total = sum_entries(start, end, gradients, column, inside, 0, out_ptr, order_ptr, FORM)
     tl.store(out_ptr + segment * num_columns + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -205,10 +155,11 @@ def sum_rows(entries: Entries) -> Tensor:
             entries.segments.bounds,
             entries.segments.first_piece,
             sums,
-            *gradient_arguments(entries),
+            entries.segments.order,
             width,
-            PIECE=entries.segments.piece_entries,
-            **tile_arguments(entries, columns),
+            gradients_of(entries),
+            FORM=sum_form(entries, columns),
+            num_warps=num_warps(columns),
         )
     return out
 
@@ -234,43 +185,44 @@ def sum_long_rows(entries: Entries, columns: int, values: Tensor | None = None, 
             sums,
             segments.pieces,
             segments.piece_row,
-            *gradient_arguments(entries),
             num_pieces,
             width,
+            gradients_of(entries),
             segments.rows,
             sums if values is None else values,
             0 if values is None else values.stride(0),
             sums if scores is None else scores,
             segments.order,
-            SCORES=scores is not None,
-            **tile_arguments(entries, columns),
+            FORM=sum_form(entries, columns, scores=scores is not None),
+            num_warps=num_warps(columns),
         )
     return sums
 
 
-def gradient_arguments(entries: Entries) -> tuple[Tensor, ...]:
+def gradients_of(entries: Entries) -> Gradients:
     """Where kernels find places, weights and gradients."""
-    return (
-        entries.place,
-        entries.weight,
-        entries.base,
-        entries.base if entries.wide_base is None else entries.wide_base,
-        # Not read where there is one dtype.
-        entries.place if entries.is_wide is None else entries.is_wide,
+    return Gradients(
+        place=entries.place,
+        weight=entries.weight,
+        narrow=entries.base,
+        # These are not read where there is one dtype.
+        wide=entries.base if entries.wide_base is None else entries.wide_base,
+        is_wide=entries.place if entries.is_wide is None else entries.is_wide,
     )
 
 
-def tile_arguments(entries: Entries, columns: int) -> dict[str, Any]:
+def sum_form(entries: Entries, columns: int, *, scores: bool = False) -> SumForm:
     """The constants of a kernel that sums so many columns."""
     at_once = _TILE_BYTES // (columns * entries.base.element_size())
-    return {
-        "WIDE": wide_type(torch.promote_types(entries.weight.dtype, entries.base.dtype)),
-        "MIXED": entries.is_wide is not None,
-        "ALIGNED": entries.aligned,
-        "ENTRIES": max(_LEAST_ENTRIES, min(_MOST_ENTRIES, at_once)),
-        "COLUMNS": columns,
-        "num_warps": num_warps(columns),
-    }
+    return SumForm(
+        wide=wide_type(torch.promote_types(entries.weight.dtype, entries.base.dtype)),
+        mixed=entries.is_wide is not None,
+        scores=scores,
+        aligned=entries.aligned,
+        piece=entries.segments.piece_entries,
+        entries=max(_LEAST_ENTRIES, min(_MOST_ENTRIES, at_once)),
+        columns=columns,
+    )
 
 
 def num_warps(columns: int) -> int:

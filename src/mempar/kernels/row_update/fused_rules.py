@@ -1,5 +1,7 @@
 """Triton functions that apply a rule to a piece of a row; kernels in fused.py call them."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -8,6 +10,52 @@ from mempar.kernels.hashing import GOLDEN_GAMMA, MULTIPLIER_1, MULTIPLIER_2
 _GOLDEN_GAMMA = tl.constexpr(GOLDEN_GAMMA % (1 << 64))
 _MULTIPLIER_1 = tl.constexpr(MULTIPLIER_1 % (1 << 64))
 _MULTIPLIER_2 = tl.constexpr(MULTIPLIER_2 % (1 << 64))
+
+
+class Table(NamedTuple):
+    """What kernels change: pointers or tensors, and sizes.
+
+    Attributes:
+        shard: `[S_i, D_j]`, the values; Triton's tuples have another attribute of that name.
+        master: the same, or the values again where there is none.
+        first: accumulator or first moment.
+        second: second moment, or anything.
+        shard_stride: from row to row of the values; the others have no gaps.
+        num_columns: D_j.
+    """
+
+    shard: Any
+    master: Any
+    first: Any
+    second: Any
+    shard_stride: Any
+    num_columns: Any
+
+
+class RuleForm(NamedTuple):
+    """Constants of a kernel that applies a rule.
+
+    Attributes:
+        wide: type of arithmetic.
+        adagrad: whether the rule is row-wise Adagrad, else Adam.
+        master: whether there is one.
+        round_values: whether they are rounded stochastically.
+        round_moments: the same for moments.
+        quarters: whether a program's columns come in fours that share a hash.
+        tile: columns of a tile, rounded up to a power of two.
+        column_tile: columns of a tile.
+        columns: of a program, in tiles rounded up.
+    """
+
+    wide: Any
+    adagrad: bool
+    master: bool
+    round_values: bool
+    round_moments: bool
+    quarters: bool
+    tile: int
+    column_tile: int
+    columns: int
 
 
 @triton.jit
@@ -58,153 +106,82 @@ def _quotient(x, y, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _adagrad(
-    row,
-    piece,
-    weight,
-    grad,
-    accumulator_ptr,
-    num_columns,
-    rate,
-    eps,
-    WIDE: tl.constexpr,
-    TILE: tl.constexpr,
-    COLUMN_TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def _adagrad(row, piece, weight, grad, table, rate, eps, FORM: tl.constexpr):
     """Add the tiles' mean squares to their statistics, and move values that have decayed."""
-    TILES: tl.constexpr = COLUMNS // TILE
+    TILES: tl.constexpr = FORM.columns // FORM.tile
     tile = piece * TILES + tl.arange(0, TILES)
-    left = num_columns - tile * COLUMN_TILE
+    left = table.num_columns - tile * FORM.column_tile
     # The last tile of a table may be narrower.
-    width = tl.maximum(tl.minimum(left, COLUMN_TILE), 1).to(WIDE)
-    squares = tl.sum(tl.reshape(grad * grad, [TILES, TILE]), 1)
-    place = accumulator_ptr + row * tl.cdiv(num_columns, COLUMN_TILE) + tile
+    width = tl.maximum(tl.minimum(left, FORM.column_tile), 1).to(FORM.wide)
+    squares = tl.sum(tl.reshape(grad * grad, [TILES, FORM.tile]), 1)
+    place = table.first + row * tl.cdiv(table.num_columns, FORM.column_tile) + tile
     # Where there is no tile, any number does that can be divided by.
-    accumulator = tl.load(place, mask=left > 0, other=1) + _quotient(squares, width, WIDE)
+    accumulator = tl.load(place, mask=left > 0, other=1) + _quotient(squares, width, FORM.wide)
     tl.store(place, accumulator, mask=left > 0)
-    pace = _quotient(tl.full([TILES], rate, WIDE), _root(accumulator, WIDE) + eps, WIDE)
-    return weight - tl.reshape(tl.broadcast_to(pace[:, None], [TILES, TILE]), [COLUMNS]) * grad
+    pace = _quotient(tl.full([TILES], rate, FORM.wide), _root(accumulator, FORM.wide) + eps, FORM.wide)
+    return weight - tl.reshape(tl.broadcast_to(pace[:, None], [TILES, FORM.tile]), [FORM.columns]) * grad
 
 
 @triton.jit
-def _adam(
-    place,
-    slot,
-    column,
-    first,
-    inside,
-    weight,
-    grad,
-    first_ptr,
-    second_ptr,
-    rate,
-    eps,
-    beta1,
-    beta2,
-    correction,
-    first_key,
-    second_key,
-    WIDE: tl.constexpr,
-    ROUND_MOMENTS: tl.constexpr,
-    QUARTERS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+def _adam(place, slot, column, first, inside, weight, grad, table, coefficients, keys, FORM: tl.constexpr):
     """Bring the moments up to date, and move values that have decayed."""
-    exp_avg = tl.load(first_ptr + place, mask=inside, other=0).to(WIDE)
-    exp_avg_sq = tl.load(second_ptr + place, mask=inside, other=0).to(WIDE)
+    _, _, rate, eps, beta1, beta2, correction = coefficients
+    exp_avg = tl.load(table.first + place, mask=inside, other=0).to(FORM.wide)
+    exp_avg_sq = tl.load(table.second + place, mask=inside, other=0).to(FORM.wide)
     exp_avg += (grad - exp_avg) * (1 - beta1)
     exp_avg_sq = exp_avg_sq * beta2 + (grad * grad) * (1 - beta2)
-    if ROUND_MOMENTS:
-        tl.store(first_ptr + place, _round(exp_avg, first_key, slot, column, first, QUARTERS, COLUMNS), mask=inside)
-        tl.store(
-            second_ptr + place, _round(exp_avg_sq, second_key, slot, column, first, QUARTERS, COLUMNS), mask=inside
-        )
+    if FORM.round_moments:
+        new_first = _round(exp_avg, keys[1], slot, column, first, FORM.quarters, FORM.columns)
+        new_second = _round(exp_avg_sq, keys[2], slot, column, first, FORM.quarters, FORM.columns)
     else:
-        tl.store(first_ptr + place, exp_avg, mask=inside)
-        tl.store(second_ptr + place, exp_avg_sq, mask=inside)
+        new_first, new_second = exp_avg, exp_avg_sq
+    tl.store(table.first + place, new_first, mask=inside)
+    tl.store(table.second + place, new_second, mask=inside)
     # Not 0 / 0 where there is no column.
-    denominator = tl.where(inside, _root(exp_avg_sq, WIDE) / correction + eps, 1)
-    return weight - _quotient(rate * exp_avg, denominator, WIDE)
+    denominator = tl.where(inside, _root(exp_avg_sq, FORM.wide) / correction + eps, 1)
+    return weight - _quotient(rate * exp_avg, denominator, FORM.wide)
 
 
 @triton.jit
-def apply_rule(
-    row,
-    piece,
-    column,
-    inside,
-    grad,
-    kept,
-    values_ptr,
-    master_ptr,
-    first_ptr,
-    second_ptr,
-    values_stride,
-    num_columns,
-    scale,
-    decay,
-    rate,
-    eps,
-    beta1,
-    beta2,
-    correction,
-    row_start,
-    column_start,
-    values_key,
-    first_key,
-    second_key,
-    WIDE: tl.constexpr,
-    ADAGRAD: tl.constexpr,
-    MASTER: tl.constexpr,
-    ROUND_VALUES: tl.constexpr,
-    ROUND_MOMENTS: tl.constexpr,
-    QUARTERS: tl.constexpr,
-    TILE: tl.constexpr,
-    COLUMN_TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Update columns of a row `[COLUMNS]`, of which some are inside: values, master and state.
+def apply_rule(row, piece, column, inside, grad, kept, table, coefficients, place_of_shard, keys, FORM: tl.constexpr):
+    """Update columns of a row, of which some are inside: values, master and state.
 
-    `kept` is what was read of the values or their master; `rate` is the learning rate, for Adam over the correction of
-    its first moment, and `correction` that of the root of its second; the keys are those of the streams of random bits.
+    Args:
+        row: of the shard.
+        piece: which columns of the row, in programs.
+        column: `[columns]`, of the shard.
+        inside: `[columns]`, whether it exists.
+        grad: `[columns]`, gradient before it is scaled.
+        kept: `[columns]`, what was read of the values or their master.
+        table: a `Table`.
+        coefficients: scale, decay, rate, eps, beta1, beta2, correction: in double, see `_coefficients` in fused.py.
+        place_of_shard: its first slot and column in the table.
+        keys: of the streams of random bits: of the values, of the first moment, of the second.
+        FORM: a `RuleForm`.
     """
-    # Coefficients come in double, and must not widen float32 arithmetic.
-    scale, decay, rate = tl.full([], scale, WIDE), tl.full([], decay, WIDE), tl.full([], rate, WIDE)
-    eps = tl.full([], eps, WIDE)
-    slot, place = row + row_start, row * num_columns + column
-    table_column, first = column + column_start, column_start + piece * COLUMNS
+    # Coefficients must not widen float32 arithmetic.
+    scale = tl.full([], coefficients[0], FORM.wide)
+    decay = tl.full([], coefficients[1], FORM.wide)
+    rate = tl.full([], coefficients[2], FORM.wide)
+    eps = tl.full([], coefficients[3], FORM.wide)
+    beta1 = tl.full([], coefficients[4], FORM.wide)
+    beta2 = tl.full([], coefficients[5], FORM.wide)
+    correction = tl.full([], coefficients[6], FORM.wide)
+    slot, place = row + place_of_shard[0], row * table.num_columns + column
+    first = place_of_shard[1] + piece * FORM.columns
+    table_column = place_of_shard[1] + column
     grad *= scale
-    weight = kept.to(WIDE) * decay
-    if ADAGRAD:
-        weight = _adagrad(row, piece, weight, grad, first_ptr, num_columns, rate, eps, WIDE, TILE, COLUMN_TILE, COLUMNS)
+    weight = kept.to(FORM.wide) * decay
+    if FORM.adagrad:
+        weight = _adagrad(row, piece, weight, grad, table, rate, eps, FORM)
     else:
-        weight = _adam(
-            place,
-            slot,
-            table_column,
-            first,
-            inside,
-            weight,
-            grad,
-            first_ptr,
-            second_ptr,
-            rate,
-            eps,
-            tl.full([], beta1, WIDE),
-            tl.full([], beta2, WIDE),
-            tl.full([], correction, WIDE),
-            first_key,
-            second_key,
-            WIDE,
-            ROUND_MOMENTS,
-            QUARTERS,
-            COLUMNS,
-        )
-    if MASTER:
-        tl.store(master_ptr + place, weight, mask=inside)
-    target = values_ptr + row * values_stride + column
-    if ROUND_VALUES:
-        tl.store(target, _round(weight, values_key, slot, table_column, first, QUARTERS, COLUMNS), mask=inside)
+        wide = (scale, decay, rate, eps, beta1, beta2, correction)
+        weight = _adam(place, slot, table_column, first, inside, weight, grad, table, wide, keys, FORM)
+    if FORM.master:
+        tl.store(table.master + place, weight, mask=inside)
+    target = table.shard + row * table.shard_stride + column
+    if FORM.round_values:
+        rounded = _round(weight, keys[0], slot, table_column, first, FORM.quarters, FORM.columns)
+        tl.store(target, rounded, mask=inside)
     else:
-        tl.store(target, weight.to(values_ptr.dtype.element_ty), mask=inside)
+        tl.store(target, weight.to(table.shard.dtype.element_ty), mask=inside)
