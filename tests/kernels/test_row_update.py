@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from mempar.kernels.row_update import (
     update_rows,
 )
 from mempar.kernels.weighted_gather import reference as gather_reference
+from mempar.memory.optimizer import OptimizerSettings, make_table_optimizer
+from mempar.memory.values import ValueShard
 from row_tables import (
     BF16,
     SCALE,
@@ -98,7 +101,7 @@ def test_update_matches_reference(name: str, kind: str, backend: Backend) -> Non
         assert around.isnan().all()
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(["adagrad", "adam"]),
     kind=st.sampled_from(sorted(KINDS)),
@@ -265,3 +268,40 @@ def test_update_looks_for_rows_out_of_range(checking: Backend) -> None:
     table, rule = make_table("adagrad", part_of(3, 20), FLOAT32)
     with pytest.raises(IndexError, match="rows holds ids from 1 to 3"):
         update_rows(table, rule, torch.tensor([1, 3]), torch.zeros(2, 20), step=1, backend=checking)
+
+
+@every_rule
+def test_optimizer_of_a_shard_computes_with_its_backend(name: str, backend: Backend) -> None:
+    settings = OptimizerSettings(
+        beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, column_tile=8, rounding="stochastic", moments="bf16"
+    )
+    rows, grad = touched(6, 4), torch.randn(4, 20)
+    start, states = torch.randn(6, 20), []
+    for each in (TORCH, backend):
+        values = start.clone()
+        optimizer = make_table_optimizer(f"row_{name}", values, part_of(6, 20), replace(settings, backend=each))
+        for _ in range(3):
+            optimizer.update(rows, grad, 0.01)
+        assert optimizer.step == 3
+        states.append({"values": values, **optimizer.state})
+    assert states[0].keys() == states[1].keys()
+    for key, tensor in states[0].items():
+        # Moments may round to neighbours, and what they move differs by as much.
+        tolerance = 1e-2 if tensor.dtype == BF16 else 1e-3
+        torch.testing.assert_close(states[1][key], tensor, rtol=tolerance, atol=1e-4)
+
+
+@pytest.mark.parametrize("deposit_bytes", [0, 1])
+def test_gradient_of_a_shard_is_summed_with_its_backend(
+    deposit_bytes: int, backend: Backend, device: torch.device
+) -> None:
+    gradients = []
+    records = [(torch.randint(6, (12,), dtype=torch.int32), torch.randn(12), torch.randn(3, 20)) for _ in range(3)]
+    offsets = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+    for each in (TORCH, backend):
+        shard = ValueShard(part_of(6, 20), seed=1, dtype=BF16, device=device, deposit_bytes=deposit_bytes, backend=each)
+        for row_index, weight, grad in records:
+            shard.backward(row_index, weight.to(BF16), offsets, grad.to(BF16))
+        gradients.append(shard.take_gradient())
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    torch.testing.assert_close(gradients[1][1], gradients[0][1], rtol=1e-5, atol=1e-5)

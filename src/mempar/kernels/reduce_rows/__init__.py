@@ -1,6 +1,7 @@
 """Gradients of table rows: entries that hit the same row are summed, and only touched rows exist.
 
-The sum is in entry order (the sort is stable), so the result does not vary from run to run.
+The sum is in entry order (the sort is stable), so the result does not vary from run to run. Triton's kernels cut rows
+of many entries in pieces that are summed side by side (segments.py), and add the pieces' sums in order.
 """
 
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mempar.kernels.checks import check_rows, require
+from mempar.kernels.checks import check_index, check_rows, require
 from mempar.kernels.dispatch import Backend
 from mempar.kernels.weighted_gather import weighted_gather
 
@@ -35,9 +36,11 @@ def reduce_rows(
 
     Raises:
         ValueError: shapes or dtypes do not fit.
+        IndexError: a bag is out of range; looked for if the backend checks indices.
     """
     _check_entries(row_index, weight, bag_index)
     check_rows("grad", grad)
+    check_index("bag_index", bag_index, grad, backend)
     require(weight.dtype == grad.dtype, "weight", weight, f"the dtype of grad, {grad.dtype}")
     if backend.is_triton:
         return _fused(row_index, weight, bag_index, [grad])
