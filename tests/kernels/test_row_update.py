@@ -196,8 +196,8 @@ def entries_of(case: str, num_rows: int) -> tuple[Tensor, Tensor, Tensor, int]:
         "duplicates": torch.randint(2, (20,)) + num_rows - 2,
         "one": torch.tensor([0]),
         "none": torch.tensor([], dtype=torch.int64),
-        # Long rows between short ones, of three pieces and of two.
-        "hot": torch.cat([torch.full((2 * PIECE_ENTRIES + 70,), 1), torch.tensor([0, 2, 2]), torch.full((600,), 3)]),
+        # A row of two pieces between short ones.
+        "hot": torch.cat([torch.full((PIECE_ENTRIES + 20,), 1), torch.tensor([0, 2, 2])]),
     }[case]
     rows, num_bags = rows[torch.randperm(len(rows))].int(), 6
     return rows, torch.randn(len(rows)), torch.randint(num_bags, (len(rows),), dtype=torch.int32), num_bags

@@ -15,10 +15,10 @@ from torch import Tensor
 from mempar.kernels.reduce_rows.segments import Entries
 from mempar.kernels.weighted_gather.fused import wide_type
 
-# Bytes of a tile of gradient rows that a program holds at a time: 4 loads of 16 bytes a thread under way at 4 warps.
-_TILE_BYTES = 4 * 32 * 4 * 16
-# Entries at a time: the least, so that loads of whole rows overlap too, and the most.
-_LEAST_ENTRIES, _MOST_ENTRIES = 2, 16
+# Bytes of gradient rows that a thread of 8 columns loads at a time: how many entries are summed together, and so the
+# order of a sum, does not depend on how many columns a shard has, unless it is narrower than a warp.
+_THREAD_BYTES, _THREAD_COLUMNS = 64, 8
+_LEAST_ENTRIES, _NARROW_ENTRIES = 2, 16
 # Widest piece of a row that a program takes.
 _MOST_COLUMNS = 1024
 # Columns of a warp: 8 a thread.
@@ -213,14 +213,16 @@ def gradients_of(entries: Entries) -> Gradients:
 
 def sum_form(entries: Entries, columns: int, *, scores: bool = False) -> SumForm:
     """The constants of a kernel that sums so many columns."""
-    at_once = _TILE_BYTES // (columns * entries.base.element_size())
+    at_once = max(_LEAST_ENTRIES, _THREAD_BYTES // (_THREAD_COLUMNS * entries.base.element_size()))
+    # Programs of whole rows have many threads, and then too many registers.
+    at_once = _LEAST_ENTRIES if scores else at_once
     return SumForm(
         wide=wide_type(torch.promote_types(entries.weight.dtype, entries.base.dtype)),
         mixed=entries.is_wide is not None,
         scores=scores,
         aligned=entries.aligned,
         piece=entries.segments.piece_entries,
-        entries=max(_LEAST_ENTRIES, min(_MOST_ENTRIES, at_once)),
+        entries=at_once if columns >= _WARP_COLUMNS else _NARROW_ENTRIES,
         columns=columns,
     )
 
