@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mempar.kernels.hashing import GOLDEN_GAMMA, mix, name_key, shift_right
 from mempar.memory import digest as digest_module
 from mempar.memory.digest import digest, digest_bands, digest_box
-from mempar.memory.hashing import GOLDEN_GAMMA, mix, name_key, shift_right
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int16, torch.uint8)
 WIDE = (1 << 64) - 1

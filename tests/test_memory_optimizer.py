@@ -9,8 +9,9 @@ from torch import Tensor
 
 import oracle
 from mempar.dims import even_cuts
+from mempar.kernels.row_update import native
 from mempar.memory.config import OPTIMIZERS
-from mempar.memory.optimizer import OptimizerSettings, TableAdam, TableOptimizer, make_table_optimizer, table
+from mempar.memory.optimizer import OptimizerSettings, TableAdam, TableOptimizer, make_table_optimizer
 from shards import assert_same, slice_of, touched_rows, whole_part
 
 pytestmark = pytest.mark.usefixtures("fresh_seed", "one_thread")
@@ -21,7 +22,7 @@ SETTINGS = OptimizerSettings(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 4, 100])
 def test_table_adamw_matches_torch_on_the_dense_gradient(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
     num_rows, width = 10, 7
-    monkeypatch.setattr(table, "CHUNK_ELEMENTS", rows_at_once * width + width // 2)
+    monkeypatch.setattr(native, "CHUNK_ELEMENTS", rows_at_once * width + width // 2)
     values = torch.randn(num_rows, width, dtype=torch.float64)
     param = torch.nn.Parameter(values.clone())
     truth = torch.optim.AdamW([param], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -50,7 +51,7 @@ def oracle_state(state: oracle.OptimState) -> dict[str, Tensor]:
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
 def test_table_optimizer_matches_oracle(monkeypatch: pytest.MonkeyPatch, rows_at_once: int, name: str) -> None:
     num_rows, width = 11, 10
-    monkeypatch.setattr(table, "CHUNK_ELEMENTS", rows_at_once * width)
+    monkeypatch.setattr(native, "CHUNK_ELEMENTS", rows_at_once * width)
     values = torch.randn(num_rows, width, dtype=torch.float64)
     params, state = {oracle.VALUES: values.clone()}, oracle.OptimState()
     optimizer = make_table_optimizer(name, values, whole_part(values), SETTINGS)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mempar.memory.hashing import hashed_bits
+from mempar.kernels.hashing import hashed_bits
+from mempar.kernels.row_update.rounding import Rounder
 from mempar.memory.optimizer import OptimizerSettings, TableAdam, make_table_optimizer
-from mempar.memory.optimizer.rounding import Rounder
 from rank_pool import RankPool
 from shards import slice_of, touched_rows, whole_part
 from toy import TABLE, joined, toy_run, train

@@ -5,11 +5,19 @@ from types import ModuleType
 import pytest
 
 import compile_peer
+import compile_reduce_rows
+import compile_row_update
 import compile_segment_route
 import compile_weighted_gather
 from compiled import ARCHITECTURES, SHARED_KIB, Case, launches, narrow_addresses
 
-MODULES: tuple[ModuleType, ...] = (compile_peer, compile_segment_route, compile_weighted_gather)
+MODULES: tuple[ModuleType, ...] = (
+    compile_peer,
+    compile_reduce_rows,
+    compile_row_update,
+    compile_segment_route,
+    compile_weighted_gather,
+)
 CASES: dict[str, Case] = {name: case for module in MODULES for name, case in module.CASES.items()}
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mempar.memory.hashing import GOLDEN_GAMMA, mix, name_key
+from mempar.kernels.hashing import GOLDEN_GAMMA, mix, name_key
 
 # Elements multiplied at a time: bounds the temporaries to a MB, which stays in a cache.
 _CHUNK_ELEMENTS = 1 << 17

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from mempar.dims import TableSlice, column_tiles
 from mempar.kernels.reduce_rows import block_columns
+from mempar.kernels.row_update.native import CHUNK_ELEMENTS
 from mempar.memory.config import MemoryConfig
-from mempar.memory.optimizer.table import CHUNK_ELEMENTS
 
 # Bytes of a row or bag index in a record, and of a sorted position.
 _INDEX_BYTES, _ORDER_BYTES = 4, 8

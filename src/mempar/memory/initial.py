@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mempar.dims import TableSlice
-from mempar.memory.hashing import hashed_bits, shift_right
+from mempar.kernels.hashing import hashed_bits, shift_right
 
 # Elements made at a time: bounds the temporaries (8 bytes each, a few of them) to some 100 MB.
 _CHUNK_ELEMENTS = 1 << 21

@@ -1,6 +1,7 @@
 """Gradients of table rows: entries that hit the same row are summed, and only touched rows exist.
 
-The sum is in entry order (the sort is stable), so the result does not vary from run to run.
+The sum is in entry order (the sort is stable), so the result does not vary from run to run. Triton's kernels cut rows
+of many entries in pieces that are summed side by side (segments.py), and add the pieces' sums in order.
 """
 
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mempar.kernels.checks import check_index, check_rows, require
 from mempar.kernels.dispatch import Backend
 from mempar.kernels.weighted_gather import weighted_gather
 
@@ -31,7 +33,17 @@ def reduce_rows(
 
     Returns:
         `rows [U]`, ascending, and their sums `[U, D']`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+        IndexError: a bag is out of range; looked for if the backend checks indices.
     """
+    _check_entries(row_index, weight, bag_index)
+    check_rows("grad", grad)
+    check_index("bag_index", bag_index, grad, backend)
+    require(weight.dtype == grad.dtype, "weight", weight, f"the dtype of grad, {grad.dtype}")
+    if backend.is_triton:
+        return _fused(row_index, weight, bag_index, [grad])
     rows, order, offsets = _sort_entries(row_index)
     return rows, weighted_gather(grad, bag_index[order].long(), weight[order], offsets, backend=backend)
 
@@ -41,18 +53,25 @@ def reduce_row_parts(
 ) -> tuple[Tensor, Tensor]:
     """Do the same with a gradient that comes in parts, without ever holding the parts joined.
 
-    They are joined, in the dtype of `weight`, for a block of columns at a time.
+    Triton's kernels read them where they lie; otherwise they are joined, in the dtype of `weight`, for a block of
+    columns at a time.
 
     Args:
         row_index: `[E] int32 or int64`.
         weight: `[E]`, the dtype of the result.
         bag_index: `[E] int32 or int64`, rows of all parts one after the other.
-        grads: `[B_i, D']` each, of any dtype.
+        grads: `[B_i, D']` each, one at least; of the dtype of `weight` and one more.
         backend: what computes it.
 
     Returns:
         `rows [U]`, ascending, and their sums `[U, D']`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
     """
+    _check_entries(row_index, weight, bag_index)
+    if backend.is_triton:
+        return _fused(row_index, weight, bag_index, grads)
     rows, order, offsets = _sort_entries(row_index)
     bags, weight = bag_index[order].long(), weight[order]
     # Not needed while the sums are made, when memory is at its peak.
@@ -68,6 +87,21 @@ def reduce_row_parts(
             _joined(grads, columns, num_bags, weight), bags, weight, offsets, backend=backend
         )
     return rows, sums
+
+
+def _check_entries(row_index: Tensor, weight: Tensor, bag_index: Tensor) -> None:
+    for name, index in (("row_index", row_index), ("bag_index", bag_index)):
+        fits = index.dim() == 1 and index.dtype in (torch.int32, torch.int64)
+        require(fits, name, index, "one dimension of int32 or int64")
+    require(bag_index.shape == row_index.shape, "bag_index", bag_index, f"a bag for each of {len(row_index)} entries")
+    require(weight.shape == row_index.shape, "weight", weight, f"a number for each of {len(row_index)} entries")
+
+
+def _fused(row_index: Tensor, weight: Tensor, bag_index: Tensor, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    from mempar.kernels.reduce_rows import fused, segments
+
+    entries = segments.locate_entries(row_index, weight, bag_index, grads)
+    return entries.segments.rows, fused.sum_rows(entries)
 
 
 def _joined(grads: Sequence[Tensor], columns: slice, num_bags: int, like: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ by the learning rate. `memory.clip=own` scales the values' gradient alone by
 min(1, memory.clip_grad / norm); `joint` scales dense and values' gradients alike by
 min(1, optim.clip_grad / sqrt(dense norm^2 + values' norm^2)).
 
-Arithmetic is in float32 (float64 for float64 values); rounding.py says how it is kept in bf16.
+Arithmetic is in float32 (float64 for float64 values), in kernels/row_update for touched rows; rounding.py
+there says how it is kept in bf16.
 """
 
 from torch import Tensor

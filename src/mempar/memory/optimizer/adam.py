@@ -1,11 +1,10 @@
 """Adam on a shard: exact dense AdamW, or the touched rows only. The package's docstring has the formulas."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from mempar.dims import TableSlice
+from mempar.kernels.row_update import Adam, native, update_rows
 from mempar.memory.optimizer.table import OptimizerSettings, TableOptimizer
 
 
@@ -26,35 +25,26 @@ class TableAdam(TableOptimizer):
 
     def _update(self, rows: Tensor, grad: Tensor, lr: float) -> None:
         if self.touched_only:
-            self._update_touched(rows, grad, lr)
+            update_rows(self.rows, self.rule(lr), rows, grad, step=self.step, backend=self.settings.backend)
         else:
-            self._update_all(rows, grad, lr)
+            self._update_all(rows.long(), grad.to(self.wide), lr)
 
-    def _adam(self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: float) -> None:
+    def rule(self, lr: float) -> Adam:
+        """What moves rows in a step with this learning rate."""
         settings = self.settings
-        correction1 = 1.0 - settings.beta1**self.step
-        correction2 = math.sqrt(1.0 - settings.beta2**self.step)
-        denominator = exp_avg_sq.sqrt().div_(correction2).add_(settings.eps)
-        self._decay(weight, lr)
-        weight.addcdiv_(exp_avg, denominator, value=-lr / correction1)
-
-    def _update_touched(self, rows: Tensor, grad: Tensor, lr: float) -> None:
-        for block in self._blocks(len(rows)):
-            index, part = rows[block], grad[block]
-            exp_avg = self.state["exp_avg"].index_select(0, index).to(self.wide)
-            exp_avg_sq = self.state["exp_avg_sq"].index_select(0, index).to(self.wide)
-            exp_avg.lerp_(part, 1.0 - self.settings.beta1)
-            exp_avg_sq.mul_(self.settings.beta2).addcmul_(part, part, value=1.0 - self.settings.beta2)
-            weight = self._read(index)
-            self._adam(weight, exp_avg, exp_avg_sq, lr)
-            self._write(index, weight)
-            for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-                if self.state[name].dtype != self.wide:
-                    moment = self.rounder.stochastic(moment, index, self.step, name)
-                self.state[name].index_copy_(0, index, moment)
+        return Adam(
+            exp_avg=self.state["exp_avg"],
+            exp_avg_sq=self.state["exp_avg_sq"],
+            lr=lr,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
 
     def _update_all(self, rows: Tensor, grad: Tensor, lr: float) -> None:
-        blocks = list(self._blocks(len(self.values)))
+        rule, table = self.rule(lr), self.rows
+        blocks = list(native.blocks(len(self.values), self.values.shape[1], native.CHUNK_ELEMENTS))
         ends = torch.tensor([0, *(block.stop for block in blocks)], device=rows.device)
         bounds = torch.searchsorted(rows, ends).tolist()
         for block, first, last in zip(blocks, bounds, bounds[1:], strict=False):
@@ -62,6 +52,6 @@ class TableAdam(TableOptimizer):
             touched, part = rows[first:last] - block.start, grad[first:last]
             exp_avg.mul_(self.settings.beta1).index_add_(0, touched, part, alpha=1.0 - self.settings.beta1)
             exp_avg_sq.mul_(self.settings.beta2).index_add_(0, touched, part * part, alpha=1.0 - self.settings.beta2)
-            weight = self._read(block)
-            self._adam(weight, exp_avg, exp_avg_sq, lr)
-            self._write(block, weight)
+            weight = table.read(block)
+            native.move_by_adam(weight, exp_avg, exp_avg_sq, rule, self.step)
+            table.write(block, weight, self.step)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 # 64-bit finaliser of SplitMix64 (Steele, Lea, Flood 2014), as two's complement int64.
-_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
+MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
 # Odd, so that multiples of it visit every 64-bit number: spreads small integers before they are mixed.
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 
@@ -32,19 +32,23 @@ def hashed_bits(key: tuple[int, ...], slot: Tensor, column: Tensor) -> Tensor:
     Returns:
         `[rows, columns] int64`.
     """
-    # Folded on the CPU, so that a device need not be waited for.
-    first, *others = (torch.tensor(number, dtype=torch.int64) for number in key)
+    row_key = mix(slot * GOLDEN_GAMMA + folded_key(key))
+    return mix(row_key[:, None] + (column * GOLDEN_GAMMA)[None, :])
+
+
+def folded_key(key: tuple[int, ...]) -> int:
+    """Fold the key of a stream of bits into one number; a device need not be waited for."""
+    first, *others = (torch.tensor(number, dtype=torch.int64, device="cpu") for number in key)
     folded = mix(first)
     for number in others:
         folded = mix(folded + number * GOLDEN_GAMMA)
-    row_key = mix(slot * GOLDEN_GAMMA + int(folded))
-    return mix(row_key[:, None] + (column * GOLDEN_GAMMA)[None, :])
+    return int(folded)
 
 
 def mix(x: Tensor) -> Tensor:
     """Mix the bits of `int64` numbers; a bijection, so distinct numbers stay distinct."""
-    x = (x ^ shift_right(x, 30)).mul_(_MULTIPLIER_1)
-    x = (x ^ shift_right(x, 27)).mul_(_MULTIPLIER_2)
+    x = (x ^ shift_right(x, 30)).mul_(MULTIPLIER_1)
+    x = (x ^ shift_right(x, 27)).mul_(MULTIPLIER_2)
     return x ^ shift_right(x, 31)
 
 

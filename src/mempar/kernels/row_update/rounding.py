@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from mempar.dims import TableSlice
-from mempar.memory.hashing import hashed_bits
+from mempar.kernels.hashing import hashed_bits
 
 # Which tensor is rounded: part of the key, so that no two share their bits.
-_STREAMS = {"values": 0, "exp_avg": 1, "exp_avg_sq": 2}
+STREAMS = {"values": 0, "exp_avg": 1, "exp_avg_sq": 2}
 
 
 class Rounder:
@@ -61,6 +61,6 @@ class Rounder:
         group = torch.arange(start // 4, -(-end // 4), device=slot.device)
         # The quarter of a hash that a column takes is fixed by the byte order, which is the same on every
         # machine that torch supports.
-        quarters = hashed_bits((self.seed, step, _STREAMS[stream]), slot, group).view(torch.int16)
+        quarters = hashed_bits((self.seed, step, STREAMS[stream]), slot, group).view(torch.int16)
         first = start - 4 * (start // 4)
         return quarters[:, first : first + end - start].int().bitwise_and_(0xFFFF)
