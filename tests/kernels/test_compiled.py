@@ -4,10 +4,11 @@ from types import ModuleType
 
 import pytest
 
+import compile_product_topk
 import compile_weighted_gather
 from compiled import ARCHITECTURES, SHARED_KIB, Case, launches, narrow_addresses
 
-MODULES: tuple[ModuleType, ...] = (compile_weighted_gather,)
+MODULES: tuple[ModuleType, ...] = (compile_weighted_gather, compile_product_topk)
 CASES: dict[str, Case] = {name: case for module in MODULES for name, case in module.CASES.items()}
 
 

@@ -63,8 +63,8 @@ def product_topk(
         require(keys.shape[2] <= fused.MOST_SUBKEYS, "keys", keys, most)
         if top_k > fused.MOST_TOP_K:
             raise ValueError(
-                f"top_k={top_k} is more than the {fused.MOST_TOP_K} that kernels.backend=triton can do; lower it or use "
-                "kernels.backend=torch."
+                f"top_k={top_k} is more than the {fused.MOST_TOP_K} that kernels.backend=triton can do; lower it, or "
+                "use kernels.backend=torch."
             )
     keys = fold_norms(keys, query_norm, key_norm, norm_epsilon)
     epsilon = None if query_norm is None else norm_epsilon
@@ -142,12 +142,13 @@ class _ProductTopk(torch.autograd.Function):
             query, keys = query.bfloat16(), keys.bfloat16()
         query, keys = query.contiguous(), keys.contiguous()
         if slot_index is None:
-            slot_index, weight, inverse_rms = kernels.choose(query, keys, top_k, epsilon, score_dtype)
+            slots, weight, inverse_rms = kernels.choose(query, keys, top_k, epsilon, score_dtype)
         else:
-            weight, inverse_rms = kernels.weigh(query, keys, slot_index.contiguous(), epsilon, score_dtype)
-        ctx.save_for_backward(query, keys, slot_index, weight, inverse_rms)
-        ctx.mark_non_differentiable(slot_index)
-        return slot_index, weight
+            slots = slot_index.contiguous()
+            weight, inverse_rms = kernels.weigh(query, keys, slots, epsilon, score_dtype)
+        ctx.save_for_backward(query, keys, slots, weight, inverse_rms)
+        ctx.mark_non_differentiable(slots)
+        return slots, weight
 
     @staticmethod
     @once_differentiable

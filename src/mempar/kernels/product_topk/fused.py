@@ -6,8 +6,7 @@ groups, by (largest score descending, group ascending), hold the K best sub-keys
 ascending): were a sub-key's group not among them, the sub-key that each of the K groups owes its largest score to would
 be better, or as good and lower. So only these groups are read again.
 
-A score and the number of what has it are packed into one integer whose order is the wanted one, ties included: a sort
-of such integers is exact and needs no second array. Addresses are computed in 64 bits, no program writes what another
+Addresses are computed in 64 bits, no program writes what another
 one writes and nothing is atomic: results do not vary from run to run.
 """
 
@@ -17,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mempar.kernels.dispatch import interpreted
+from mempar.kernels.product_topk.packing import index_of, last_unless, packed, score_of
 from mempar.kernels.product_topk.pairs import winning_pairs
 
 # Bytes of a chunk's scores: some two thirds of the L2 cache of an H200, so that queries and keys pass beside them.
@@ -26,54 +26,6 @@ _CHUNK_BYTES = 32 << 20
 _GROUP = 8
 # The largest sizes that kernels are compiled and tested for.
 MOST_SUBKEYS, MOST_TOP_K = 8192, 64
-
-
-@triton.jit
-def ordered(score):
-    """int32 in the order of float32 scores; the two zeros are equal."""
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def packed(score, index, NARROW: tl.constexpr):
-    """An integer that is the greater the better: by (score descending, index ascending).
-
-    Of a bf16 score it has 32 bits, half of them for an index; of a float32 score 64, with 31 for an index.
-    """
-    if NARROW:
-        return (ordered(score) & -0x10000) | (0xFFFF - index)
-    else:
-        return (ordered(score).to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
-
-
-@triton.jit
-def last_unless(known, number, NARROW: tl.constexpr):
-    """Put what is not known behind everything else."""
-    if NARROW:
-        return tl.where(known, number, -0x80000000)
-    else:
-        return tl.where(known, number, -0x8000000000000000)
-
-
-@triton.jit
-def score_of(number, NARROW: tl.constexpr):
-    """The float32 score that an integer packs."""
-    if NARROW:
-        high = number & -0x10000
-        return (high ^ ((high >> 31) & 0x7FFF0000)).to(tl.float32, bitcast=True)
-    else:
-        high = (number >> 32).to(tl.int32)
-        return (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def index_of(number, NARROW: tl.constexpr):
-    """The int32 index that an integer packs."""
-    if NARROW:
-        return 0xFFFF - (number & 0xFFFF)
-    else:
-        return 0x7FFFFFFF - (number & 0x7FFFFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -143,21 +95,18 @@ def score_kernel(
         total *= inverse_rms[:, None]
         tl.store(inverse_rms_ptr + row, inverse_rms, mask=live & (tl.program_id(1) == 0))
     if NARROW:
-        if INTERPRETED:
-            # There a conversion cuts digits off.
-            total = rounded(total)
-        else:
-            total = total.to(tl.bfloat16).to(tl.float32)
-    score_place = score_ptr + (row * score_stride)[:, None] + subkey[None, :]
-    tl.store(score_place, total.to(score_ptr.dtype.element_ty), mask=live[:, None] & known[None, :])
+        # In the interpreter a conversion cuts digits off.
+        total = rounded(total) if INTERPRETED else total.to(tl.bfloat16).to(tl.float32)
     if GROUPED:
-        total = tl.where(known[None, :], total, float("-inf"))
-        largest = tl.max(tl.reshape(total, [TOKENS, SUBKEYS // GROUP, GROUP]), 2)
+        candidate = tl.where(known[None, :], total, float("-inf"))
+        largest = tl.max(tl.reshape(candidate, [TOKENS, SUBKEYS // GROUP, GROUP]), 2)
         num_groups = tl.cdiv(num_subkeys, GROUP)
         group = tl.program_id(1) * (SUBKEYS // GROUP) + tl.arange(0, SUBKEYS // GROUP)
         largest_place = largest_ptr + (row * num_groups)[:, None] + group[None, :]
         known_group = live[:, None] & (group < num_groups)[None, :]
         tl.store(largest_place, largest.to(largest_ptr.dtype.element_ty), mask=known_group)
+    score_place = score_ptr + (row * score_stride)[:, None] + subkey[None, :]
+    tl.store(score_place, total.to(score_ptr.dtype.element_ty), mask=live[:, None] & known[None, :])
 
 
 @triton.jit
@@ -174,7 +123,10 @@ def select_kernel(
     TOP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The TOP best sub-keys of ROWS rows (token, head and half), best first, packed; COLUMNS are groups or sub-keys."""
+    """The TOP best sub-keys of ROWS rows (token, head and half), best first, packed in 64 bits.
+
+    COLUMNS are groups or sub-keys.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < num_rows
     column = tl.arange(0, COLUMNS)
@@ -196,6 +148,8 @@ def select_kernel(
         score = tl.load(score_ptr + (row * score_stride)[:, None] + column[None, :], mask=known, other=0)
         number = last_unless(known, packed(score.to(tl.float32), column[None, :], NARROW), NARROW)
     best = tl.topk(number, TOP)
+    if NARROW:
+        best = packed(score_of(best, True), index_of(best, True), False)
     tl.store(best_ptr + (row * TOP)[:, None] + tl.arange(0, TOP)[None, :], best, mask=live[:, None])
 
 
@@ -210,7 +164,6 @@ def combine_kernel(
     num_subkeys,
     num_pairs,
     top_k,
-    NARROW: tl.constexpr,
     PAIRS: tl.constexpr,
     TOP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -226,8 +179,8 @@ def combine_kernel(
     halves = best_ptr + (row * (2 * TOP))[:, None]
     first = tl.load(halves + first[None, :], mask=known, other=0)
     second = tl.load(halves + TOP + second[None, :], mask=known, other=0)
-    total = score_of(first, NARROW) + score_of(second, NARROW)
-    slot = index_of(first, NARROW) * num_subkeys + index_of(second, NARROW)
+    total = score_of(first, False) + score_of(second, False)
+    slot = index_of(first, False) * num_subkeys + index_of(second, False)
     # A row that is not live has chosen slots, so that nothing is made of unwritten memory.
     chosen = tl.topk(last_unless(exists[None, :], packed(total, slot, False), False), TOP)
     rank = tl.arange(0, TOP)[None, :]
@@ -275,14 +228,12 @@ def choose(
         return slot_index, weight, inverse_rms
     narrow = score_dtype == torch.bfloat16
     grouped = num_subkeys > top * _GROUP
-    best = torch.empty(
-        num_tokens, num_heads, 2, top, dtype=torch.int32 if narrow else torch.int64, device=query.device
-    )
+    best = torch.empty(num_tokens, num_heads, 2, top, dtype=torch.int64, device=query.device)
     for tokens in _chunks(num_tokens, num_heads, num_subkeys, score_dtype):
         scores, largest = _scores_into(inverse_rms, query, keys, tokens, epsilon, score_dtype, grouped=grouped)
         num_rows = (tokens.stop - tokens.start) * num_heads * 2
         columns = _power_of_two(triton.cdiv(num_subkeys, _GROUP) if grouped else num_subkeys)
-        rows, num_warps = _sort_tile(max(columns, top * _GROUP) if grouped else columns)
+        rows, num_warps = _sort_tile(max(columns, top * _GROUP) if grouped else columns, narrow=narrow)
         select_kernel[(triton.cdiv(num_rows, rows),)](
             best[tokens],
             scores,
@@ -300,7 +251,7 @@ def choose(
     first, second = winning_pairs(top_k, query.device)
     num_rows, num_pairs = num_tokens * num_heads, len(first)
     pairs = max(_power_of_two(num_pairs), top)
-    rows, num_warps = _sort_tile(pairs)
+    rows, num_warps = _sort_tile(pairs, narrow=False)
     combine_kernel[(triton.cdiv(num_rows, rows),)](
         slot_index,
         weight,
@@ -311,7 +262,6 @@ def choose(
         num_subkeys,
         num_pairs,
         top_k,
-        NARROW=narrow,
         PAIRS=pairs,
         TOP=top,
         ROWS=rows,
@@ -329,7 +279,7 @@ def weigh(
     weight = torch.empty_like(slot_index, dtype=torch.float32)
     inverse_rms = None if epsilon is None else query.new_empty(query.shape[:3], dtype=torch.float32)
     top = _power_of_two(top_k)
-    rows, num_warps = _sort_tile(top)
+    rows, num_warps = _sort_tile(top, narrow=False)
     for tokens in _chunks(num_tokens, num_heads, num_subkeys, score_dtype):
         scores, _ = _scores_into(inverse_rms, query, keys, tokens, epsilon, score_dtype, grouped=False)
         num_rows = (tokens.stop - tokens.start) * num_heads
@@ -346,14 +296,6 @@ def weigh(
             num_warps=num_warps,
         )
     return weight, inverse_rms
-
-
-def half_scores(query: Tensor, keys: Tensor, epsilon: float | None, score_dtype: torch.dtype) -> Tensor:
-    """All half scores; see `native.half_scores`."""
-    inverse_rms = None if epsilon is None else query.new_empty(query.shape[:3], dtype=torch.float32)
-    tokens = slice(0, len(query))
-    scores, _ = _scores_into(inverse_rms, query, keys, tokens, epsilon, score_dtype, grouped=False)
-    return scores[..., : keys.shape[2]].permute(1, 2, 0, 3).float()
 
 
 def _scores_into(
@@ -411,13 +353,17 @@ def _chunks(num_tokens: int, num_heads: int, num_subkeys: int, score_dtype: torc
 
 def _score_tile(dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Tokens, sub-keys and columns of a tile of scores, and its warps, for keys of a dtype."""
-    return (128, 128, 64, 8) if dtype == torch.bfloat16 else (64, 64, 32, 4)
+    return (128, 128, 64, 8) if dtype == torch.bfloat16 else (64, 64, 16, 4)
 
 
-def _sort_tile(num_columns: int) -> tuple[int, int]:
-    """Rows of so many integers that a program sorts, and its warps: 16 registers of each thread hold them."""
-    num_warps = max(1, min(4, num_columns // (32 * 16)))
-    return max(1, num_warps * 32 * 16 // num_columns), num_warps
+def _sort_tile(num_columns: int, *, narrow: bool) -> tuple[int, int]:
+    """Rows of so many integers, narrow ones of 32 bits or of 64, that a program sorts, and its warps.
+
+    Threads hold 16 of a row each; 8 where more of 64 bits would spill.
+    """
+    columns_a_warp = 32 * (16 if narrow or num_columns < 1024 else 8)
+    num_warps = max(1, min(4, num_columns // columns_a_warp))
+    return max(1, num_warps * columns_a_warp // num_columns), num_warps
 
 
 def _power_of_two(number: int) -> int:
