@@ -9,8 +9,8 @@ from torch import Tensor
 from mempar.kernels.product_topk.pairs import winning_pairs
 from mempar.kernels.product_topk.stable import stable_topk
 
-# Scores of a chunk of tokens: 16 MiB of float32 on a CPU, 256 MiB on a GPU, which wants larger pieces.
-_CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
+# Scores of a chunk of tokens: 64 MiB of float32 on a CPU, 256 MiB on a GPU.
+_CHUNK_SCORES = {"cpu": 1 << 24, "cuda": 1 << 26}
 
 
 def choose(
@@ -46,13 +46,14 @@ def _in_chunks(
     num_subkeys, wide = keys.shape[2], _wide(query.dtype)
     weight = torch.empty_like(slot_index, dtype=wide)
     inverse_rms = None if epsilon is None else inverse_root_mean_square(query, epsilon)
-    at_once = max(1, _CHUNK_SCORES.get(query.device.type, 1 << 22) // (2 * query.shape[1] * num_subkeys))
+    at_once = max(1, _CHUNK_SCORES[query.device.type] // (2 * query.shape[1] * num_subkeys))
     keys = keys.to(wide)
+    pairs = winning_pairs(slot_index.shape[2], query.device)
     for start in range(0, len(query), at_once):
         tokens = slice(start, start + at_once)
         scores = half_scores(query[tokens], keys, epsilon, score_dtype)
         if choosing:
-            slot_index[tokens] = select_slots(scores, slot_index.shape[2], score_dtype)
+            slot_index[tokens] = select_slots(scores, pairs, slot_index.shape[2], score_dtype)
         slots = slot_index[tokens]
         # [H, 2, t, K]: the sub-key of each half
         halves = torch.stack((slots // num_subkeys, slots % num_subkeys)).permute(2, 0, 1, 3)
@@ -74,16 +75,17 @@ def half_scores(query: Tensor, keys: Tensor, epsilon: float | None, score_dtype:
     return scores.to(score_dtype).to(wide) if score_dtype == torch.bfloat16 else scores
 
 
-def select_slots(scores: Tensor, top_k: int, score_dtype: torch.dtype) -> Tensor:
+def select_slots(scores: Tensor, pairs: tuple[Tensor, Tensor], top_k: int, score_dtype: torch.dtype) -> Tensor:
     """Return the `[T, H, K] int64` best slots, ordered by (score descending, slot ascending).
 
     Args:
         scores: `[H, 2, T, N]`, as `half_scores` returns them.
+        pairs: of ranks, as `winning_pairs` returns them.
         top_k: K, at most N.
         score_dtype: what they were rounded to.
     """
     num_subkeys = scores.shape[-1]
-    first, second = winning_pairs(top_k, scores.device)
+    first, second = pairs
     # The stable way waits for the host, and is slow where many scores are equal; on a CPU it is the faster one
     # otherwise.
     if scores.dtype == torch.float64 or (scores.device.type == "cpu" and score_dtype != torch.bfloat16):
