@@ -45,13 +45,17 @@ def _in_chunks(
 ) -> tuple[Tensor, Tensor | None]:
     num_subkeys, wide = keys.shape[2], _wide(query.dtype)
     weight = torch.empty_like(slot_index, dtype=wide)
-    inverse_rms = None if epsilon is None else inverse_root_mean_square(query, epsilon)
+    inverse_rms = None if epsilon is None else torch.empty(query.shape[:3], dtype=wide, device=query.device)
     at_once = max(1, _CHUNK_SCORES[query.device.type] // (2 * query.shape[1] * num_subkeys))
     keys = keys.to(wide)
     pairs = winning_pairs(slot_index.shape[2], query.device)
     for start in range(0, len(query), at_once):
         tokens = slice(start, start + at_once)
-        scores = half_scores(query[tokens], keys, epsilon, score_dtype)
+        inverse = None
+        if epsilon is not None and inverse_rms is not None:
+            inverse = query[tokens].to(wide).square().mean(-1).add_(epsilon).rsqrt_()
+            inverse_rms[tokens] = inverse
+        scores = half_scores(query[tokens], keys, inverse, score_dtype)
         if choosing:
             slot_index[tokens] = select_slots(scores, pairs, slot_index.shape[2], score_dtype)
         slots = slot_index[tokens]
@@ -61,17 +65,12 @@ def _in_chunks(
     return weight, inverse_rms
 
 
-def inverse_root_mean_square(query: Tensor, epsilon: float) -> Tensor:
-    """`[T, H, 2]` inverse root mean squares of queries `[T, H, 2, Q]`, in float32 at least."""
-    return query.to(_wide(query.dtype)).square().mean(-1).add_(epsilon).rsqrt_()
-
-
-def half_scores(query: Tensor, keys: Tensor, epsilon: float | None, score_dtype: torch.dtype) -> Tensor:
-    """`[H, 2, T, N]` scores of all sub-keys of both halves, in float32 at least; arguments as of `choose`."""
+def half_scores(query: Tensor, keys: Tensor, inverse_rms: Tensor | None, score_dtype: torch.dtype) -> Tensor:
+    """`[H, 2, T, N]` scores of all sub-keys, in float32 at least; `inverse_rms [T, H, 2]` scales them, if given."""
     wide = _wide(query.dtype)
     scores = query.to(wide).permute(1, 2, 0, 3) @ keys.to(wide).transpose(-1, -2)
-    if epsilon is not None:
-        scores *= inverse_root_mean_square(query, epsilon).permute(1, 2, 0)[..., None]
+    if inverse_rms is not None:
+        scores *= inverse_rms.permute(1, 2, 0)[..., None]
     return scores.to(score_dtype).to(wide) if score_dtype == torch.bfloat16 else scores
 
 
