@@ -6,6 +6,7 @@ computes from a kernel's output afterwards is computed from unwritten memory: th
 it. Registers, stack and instructions are read from the machine code with the tools that Triton brings.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -119,6 +120,7 @@ def launches(operation: Callable[[], object], architecture: int) -> list[Compile
     return [_inspect(kernel) for kernel in found.values()]
 
 
+@functools.cache
 def _inspect(kernel: Any) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -10,15 +10,15 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from layout_cases import Case
-from mempar.kernels.dispatch import Backend
 from mempar.memory import layer as memory_layer
 from mempar.runtime.config import RunConfig
 from mempar.runtime.in_flight import Pass
 from mempar.runtime.slot_trace import SlotTrace, TraceKey
-from oracle import slot_scores
+from oracle import rms_norm, slot_scores
 from rank_pool import Job, RankPool
 from toy import History, Seen, Session, joined, train
 
@@ -40,13 +40,20 @@ def train_reference(run: RunConfig, steps: int) -> Seen:
         seen.extra["gaps"] = gaps
 
         def probe(
-            query: Tensor, keys: Tensor, top_k: int, slot_index: Tensor | None = None, *, backend: Backend
+            query: Tensor, keys: Tensor, top_k: int, slot_index: Tensor | None = None, **options: Any
         ) -> tuple[Tensor, Tensor]:
             if session.tracer.step == 0:
-                score = slot_scores(query.detach(), keys.detach())
+                with torch.no_grad():
+                    epsilon = options["norm_epsilon"]
+                    norms = (options["query_norm"], options["key_norm"])
+                    normalised = (
+                        half if norm is None else rms_norm(half, norm, epsilon)
+                        for half, norm in zip((query, keys), norms, strict=True)
+                    )
+                    score = slot_scores(*normalised)
                 best = score.topk(top_k + 1).values
                 probe.gap = ((best[..., -2] - best[..., -1]) / (score.amax(-1) - score.amin(-1))).numpy()
-            return choose(query, keys, top_k, slot_index, backend=backend)
+            return choose(query, keys, top_k, slot_index, **options)
 
         def factory(block: int, length: int, current: Pass) -> Any:
             samples = current.batch.sample_ids

@@ -5,6 +5,7 @@ from types import ModuleType
 import pytest
 
 import compile_peer
+import compile_product_topk
 import compile_reduce_rows
 import compile_row_update
 import compile_segment_route
@@ -13,6 +14,7 @@ from compiled import ARCHITECTURES, SHARED_KIB, Case, launches, narrow_addresses
 
 MODULES: tuple[ModuleType, ...] = (
     compile_peer,
+    compile_product_topk,
     compile_reduce_rows,
     compile_row_update,
     compile_segment_route,

@@ -1,26 +1,92 @@
 """Product-key top-K against the oracle and its reference, and its rule for ties."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
-from mempar.kernels.dispatch import Backend
-from mempar.kernels.product_topk import product_topk
+from mempar.kernels.dispatch import Backend, interpreted
+from mempar.kernels.product_topk import native, product_topk
 from mempar.kernels.product_topk import reference as topk_reference
+from mempar.kernels.product_topk.backward import operand_gradients, score_gradient
+from mempar.kernels.product_topk.native import packed_topk
+from mempar.kernels.product_topk.pairs import winning_pairs
 from mempar.kernels.product_topk.stable import stable_topk
 
+FLOAT64, FLOAT32, BF16 = torch.float64, torch.float32, torch.bfloat16
+EPSILON = 1e-5
 
-def normal_halves(num_tokens: int, num_heads: int, num_subkeys: int, width: int) -> tuple[Tensor, Tensor]:
-    """Query [T, H, 2, Q] and keys [H, 2, N, Q], float64: rounding makes no ties."""
-    query = torch.randn(num_tokens, num_heads, 2, width, dtype=torch.float64)
-    return query, torch.randn(num_heads, 2, num_subkeys, width, dtype=torch.float64)
+
+def normal_halves(
+    num_tokens: int, num_heads: int, num_subkeys: int, width: int, dtype: torch.dtype = FLOAT64
+) -> tuple[Tensor, Tensor]:
+    """Query [T, H, 2, Q] and keys [H, 2, N, Q]; in float64 rounding makes no ties."""
+    query = torch.randn(num_tokens, num_heads, 2, width, dtype=FLOAT64)
+    return query.to(dtype), torch.randn(num_heads, 2, num_subkeys, width, dtype=FLOAT64).to(dtype)
+
+
+@pytest.fixture
+def seen_scores(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The half scores [H, 2, t, N] of the chunks that were chosen from: another product may round otherwise."""
+    seen: list[Tensor] = []
+    score_half = native.half_scores
+
+    def observe_native(*arguments: Any) -> Tensor:
+        seen.append(score_half(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(native, "half_scores", observe_native)
+    if backend.is_triton:
+        from mempar.kernels.product_topk import fused
+
+        scores_into = fused._scores_into
+
+        def observe_fused(inverse_rms: Tensor | None, query: Tensor, keys: Tensor, *rest: Any, **options: Any) -> Any:
+            scores, largest = scores_into(inverse_rms, query, keys, *rest, **options)
+            seen.append(scores[..., : keys.shape[2]].permute(1, 2, 0, 3).float())
+            return scores, largest
+
+        monkeypatch.setattr(fused, "_scores_into", observe_fused)
+    return seen
+
+
+@contextmanager
+def unwritten_memory_is_nan(device: torch.device) -> Iterator[None]:
+    """Fill what torch.empty returns with NaN and the largest integers."""
+    if device.type == "cuda":
+        # There the mode forbids more than it fills.
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 topk_shapes = pytest.mark.parametrize(
     ("num_tokens", "num_heads", "num_subkeys", "width", "top_k"),
-    [(1, 1, 1, 1, 1), (1, 3, 7, 5, 4), (5, 2, 9, 3, 9), (17, 2, 13, 6, 1), (3, 1, 12, 33, 12), (6, 4, 40, 2, 32)],
+    [(1, 1, 1, 1, 1), (1, 3, 7, 5, 4), (5, 2, 9, 3, 9), (17, 2, 13, 6, 1), (3, 1, 12, 33, 12), (2, 2, 40, 2, 32)],
 )
+# Lists of sub-keys that are read whole and by groups, and are no multiple of a group; tokens and widths of more than
+# one tile; K no power of two.
+kernel_shapes = pytest.mark.parametrize(
+    ("num_tokens", "num_heads", "num_subkeys", "width", "top_k"),
+    [(3, 2, 1, 1, 1), (1, 2, 37, 5, 5), (2, 1, 300, 70, 7), (70, 1, 40, 19, 2), (1, 1, 523, 16, 32), (1, 1, 70, 3, 64)],
+)
+# The operands' dtype and that of the scores.
+precisions = pytest.mark.parametrize(
+    ("dtype", "score_dtype"),
+    [(FLOAT32, FLOAT32), (BF16, FLOAT32), (BF16, BF16), (FLOAT32, BF16)],
+    ids=["float32", "float32-of-bf16", "bf16", "bf16-of-float32"],
+)
+normalisation = pytest.mark.parametrize("normalised", [False, True], ids=["plain", "normalised"])
 
 
 @topk_shapes
@@ -28,141 +94,350 @@ def test_product_topk_matches_oracle(
     num_tokens: int, num_heads: int, num_subkeys: int, width: int, top_k: int, backend: Backend
 ) -> None:
     query, keys = normal_halves(num_tokens, num_heads, num_subkeys, width)
-    slot, score = product_topk(query, keys, top_k, backend=backend)
+    slot, weight = product_topk(query, keys, top_k, backend=backend)
     expected_slot, expected_score = oracle.product_key_topk(query, keys, top_k)
     assert slot.dtype == torch.int64
     assert torch.equal(slot, expected_slot)
-    assert torch.equal(slot, topk_reference.select_slots(query, keys, top_k))
-    torch.testing.assert_close(score, expected_score, rtol=0, atol=1e-12)
+    assert torch.equal(slot, topk_reference.select_slots(topk_reference.half_scores(query, keys), top_k))
+    torch.testing.assert_close(weight, expected_score.softmax(-1), rtol=0, atol=1e-12)
+
+
+@kernel_shapes
+@pytest.mark.parametrize(
+    ("dtype", "score_dtype", "normalised"),
+    [
+        (FLOAT32, FLOAT32, False),
+        (BF16, FLOAT32, False),
+        (BF16, FLOAT32, True),
+        (BF16, BF16, False),
+        (BF16, BF16, True),
+        (FLOAT32, BF16, True),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_choice_is_exact_given_the_half_scores(
+    num_tokens: int,
+    num_heads: int,
+    num_subkeys: int,
+    width: int,
+    top_k: int,
+    dtype: torch.dtype,
+    score_dtype: torch.dtype,
+    normalised: bool,
+    device: torch.device,
+    backend: Backend,
+    seen_scores: list[Tensor],
+) -> None:
+    query, keys = normal_halves(num_tokens, num_heads, num_subkeys, width, dtype)
+    norms = tuple(torch.rand(width).add(0.5).to(dtype) if normalised else None for _ in range(2))
+    options = {"query_norm": norms[0], "key_norm": norms[1], "norm_epsilon": EPSILON}
+    with unwritten_memory_is_nan(device):
+        slot, weight = product_topk(query, keys, top_k, backend=backend, score_dtype=score_dtype, **options)
+    (scores,) = seen_scores
+    assert torch.equal(slot, topk_reference.select_slots(scores, top_k))
+    assert weight.dtype == FLOAT32
+    torch.testing.assert_close(weight, topk_reference.slot_weights(scores, slot), rtol=1e-5, atol=1e-7)
+    wide_norms = [None if norm is None else norm.double() for norm in norms]
+    exact = topk_reference.half_scores(query.double(), keys.double(), *wide_norms, EPSILON)
+    # A bound of a sum's rounding is the sum of its terms' magnitudes; so of what is rounded before.
+    magnitude = topk_reference.half_scores(query.double().abs(), keys.double().abs(), *wide_norms, EPSILON)
+    rounding = (width + 8) * torch.finfo(FLOAT32).eps
+    if score_dtype == BF16:
+        assert torch.equal(scores, scores.bfloat16().float())
+        # Rounding to nearest errs by half an eps; of the score, and of each operand that is not bf16 as it comes.
+        operands = 2 if dtype == FLOAT32 else int(normalised)
+        rounding += (0.5 + 0.51 * operands) * torch.finfo(BF16).eps
+    assert bool(((scores - exact).abs() <= rounding * magnitude).all())
+
+
+def test_bf16_scores_are_rounded_to_nearest_even(backend: Backend, seen_scores: list[Tensor]) -> None:
+    # Their float32 sums are exact: a number of 8 bits, and what is half or a quarter of its last one.
+    query = torch.tensor([1.0, 2.0**-8, 2.0**-9])
+    keys = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0078125, 1.0, 0.0], [-1.0, -1.0, 0.0]])
+    expected = torch.tensor([1.0, 1.0078125, 1.0, 1.015625, -1.0])
+    halves = query.expand(1, 1, 2, 3).bfloat16(), keys.expand(1, 2, 5, 3).bfloat16()
+    product_topk(*halves, 2, backend=backend, score_dtype=BF16)
+    assert torch.equal(seen_scores[0], expected.expand(1, 2, 1, 5))
 
 
 @topk_shapes
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FLOAT32, FLOAT64], ids=str)
 def test_product_topk_gives_ties_to_the_lowest_slot_when_scores_are_small_integers(
     num_tokens: int, num_heads: int, num_subkeys: int, width: int, top_k: int, dtype: torch.dtype, backend: Backend
 ) -> None:
     # Integers add up exactly in any order, so every tie is exact; with many tokens there are many of them.
-    query = torch.randint(-1, 2, (10 * num_tokens, num_heads, 2, width)).to(dtype)
+    if not interpreted():
+        num_tokens *= 10
+    query = torch.randint(-1, 2, (num_tokens, num_heads, 2, width)).to(dtype)
     keys = torch.randint(-1, 2, (num_heads, 2, num_subkeys, width)).to(dtype)
-    slot, score = product_topk(query, keys, top_k, backend=backend)
-    expected_slot, expected_score = oracle.product_key_topk(query, keys, top_k)
+    score_dtype = BF16 if dtype == BF16 else FLOAT32
+    slot, weight = product_topk(query, keys, top_k, backend=backend, score_dtype=score_dtype)
+    expected_slot, expected_score = oracle.product_key_topk(query.double(), keys.double(), top_k)
     assert torch.equal(slot, expected_slot)
-    assert torch.equal(score, expected_score)
-    assert torch.equal(slot, topk_reference.select_slots(query, keys, top_k))
+    torch.testing.assert_close(weight.double(), expected_score.softmax(-1), rtol=1e-5, atol=1e-7)
 
 
+@settings(
+    max_examples=8 if interpreted() else 100,
+    deadline=None,
+    derandomize=False,
+    database=None,
+    # The backend does not change between examples.
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 100), st.integers(1, 5)),
+    top_k=st.integers(1, 9),
+    spread=st.integers(0, 3),
+    score_dtype=st.sampled_from([FLOAT32, BF16]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_choice_among_small_integers_is_that_of_brute_force(
+    sizes: tuple[int, int, int, int], top_k: int, spread: int, score_dtype: torch.dtype, seed: int, backend: Backend
+) -> None:
+    num_tokens, num_heads, num_subkeys, width = sizes
+    top_k = min(top_k, num_subkeys)
+    torch.manual_seed(seed)
+    query = torch.randint(-spread, spread + 1, (num_tokens, num_heads, 2, width)).float()
+    keys = torch.randint(-spread, spread + 1, (num_heads, 2, num_subkeys, width)).float()
+    slot, _ = product_topk(query, keys, top_k, backend=backend, score_dtype=score_dtype)
+    assert torch.equal(slot, topk_reference.select_slots(topk_reference.half_scores(query, keys), top_k))
+
+
+def integer_halves(*sizes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same, of small integers: equal keys have equal scores however they are added up."""
+    query, keys = normal_halves(*sizes)
+    return query.mul(4).round().to(dtype), keys.mul(4).round().to(dtype)
+
+
+@pytest.mark.parametrize("num_subkeys", [9, 100])
 @pytest.mark.parametrize("top_k", [1, 5, 9])
-def test_product_topk_chooses_the_first_slots_when_all_keys_are_equal(top_k: int, backend: Backend) -> None:
-    query, keys = normal_halves(4, 2, 9, 3)
-    slot, score = product_topk(query, keys[:, :, :1].expand_as(keys).contiguous(), top_k, backend=backend)
-    assert torch.equal(slot, torch.arange(top_k).expand(4, 2, top_k))
-    assert torch.equal(score, score[..., :1].expand_as(score))
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+def test_product_topk_chooses_the_first_slots_when_all_keys_are_equal(
+    num_subkeys: int, top_k: int, dtype: torch.dtype, backend: Backend
+) -> None:
+    query, keys = integer_halves(2, 2, num_subkeys, 3, dtype=dtype)
+    slot, weight = product_topk(query, keys[:, :, :1].expand_as(keys), top_k, backend=backend)
+    assert torch.equal(slot, torch.arange(top_k).expand(2, 2, top_k))
+    torch.testing.assert_close(weight, torch.full_like(weight, 1 / top_k))
 
 
-def test_product_topk_chooses_the_lowest_slots_when_half_the_keys_are_equal(backend: Backend) -> None:
-    query, keys = normal_halves(4, 2, 9, 3)
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+def test_product_topk_chooses_the_lowest_slots_when_half_the_keys_are_equal(
+    dtype: torch.dtype, backend: Backend
+) -> None:
+    query, keys = integer_halves(4, 2, 9, 3, dtype=dtype)
     keys[:, 1] = keys[:, 1, :1]
     slot, _ = product_topk(query, keys, 5, backend=backend)
     assert torch.equal(slot, oracle.product_key_topk(query, keys, 5)[0])
 
 
-def test_product_topk_passes_gradcheck(backend: Backend) -> None:
-    query, keys = normal_halves(3, 2, 5, 3)
-    inputs = query.requires_grad_(), keys.requires_grad_()
-    assert torch.autograd.gradcheck(lambda query, keys: product_topk(query, keys, 4, backend=backend)[1], inputs)
+@precisions
+def test_product_topk_treats_signed_zeros_as_equal(
+    dtype: torch.dtype, score_dtype: torch.dtype, backend: Backend
+) -> None:
+    # Scores of the first half are -0 and 0 in turn, those of the second all 0.
+    query, keys = torch.zeros(1, 1, 2, 1, dtype=dtype), torch.ones(1, 2, 33, 1, dtype=dtype)
+    query[0, 0, 1] = keys[0, 0, ::2] = -1
+    keys[0, 1] = 0
+    slot, _ = product_topk(query, keys, 3, backend=backend, score_dtype=score_dtype)
+    assert slot.tolist() == [[[0, 1, 2]]]
+
+
+@normalisation
+def test_product_topk_passes_gradcheck(normalised: bool, backend: Backend) -> None:
+    query, keys = normal_halves(2, 1, 3, 2)
+    norms = [torch.rand(2, dtype=FLOAT64).add(0.5).requires_grad_() for _ in range(2 if normalised else 0)]
+
+    def weights(
+        query: Tensor, keys: Tensor, query_norm: Tensor | None = None, key_norm: Tensor | None = None
+    ) -> Tensor:
+        return product_topk(query, keys, 3, backend=backend, query_norm=query_norm, key_norm=key_norm)[1]
+
+    # Differences of 1e-6 do not flip a slot unless two scores are that close.
+    assert torch.autograd.gradcheck(weights, (query.requires_grad_(), keys.requires_grad_(), *norms))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_queries_or_keys_alone_can_be_normalised(which: int, backend: Backend) -> None:
+    query, keys = normal_halves(4, 2, 9, 5)
+    norms: list[Tensor | None] = [None, None]
+    norms[which] = torch.rand(5, dtype=FLOAT64)
+    _, weight = product_topk(query, keys, 3, backend=backend, query_norm=norms[0], key_norm=norms[1])
+    normalised = (topk_reference.normalised(half, norm, 1e-5) for half, norm in zip((query, keys), norms, strict=True))
+    _, score = oracle.product_key_topk(*normalised, 3)
+    torch.testing.assert_close(weight, score.softmax(-1), rtol=0, atol=1e-12)
 
 
 @topk_shapes
-def test_product_topk_gradients_match_oracle(
-    num_tokens: int, num_heads: int, num_subkeys: int, width: int, top_k: int, backend: Backend
+@normalisation
+@pytest.mark.parametrize("dtype", [BF16, FLOAT32, FLOAT64], ids=str)
+def test_gradients_match_those_of_the_reference(
+    num_tokens: int,
+    num_heads: int,
+    num_subkeys: int,
+    width: int,
+    top_k: int,
+    normalised: bool,
+    dtype: torch.dtype,
+    backend: Backend,
 ) -> None:
-    query, keys = normal_halves(num_tokens, num_heads, num_subkeys, width)
-    inputs = query.requires_grad_(), keys.requires_grad_()
-    _, score = product_topk(query, keys, top_k, backend=backend)
-    grad = torch.randn_like(score)
-    ours = torch.autograd.grad(score, inputs, grad)
-    truth = torch.autograd.grad(oracle.product_key_topk(query, keys, top_k)[1], inputs, grad)
-    for one, other in zip(ours, truth, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    # Replayed, as the choice itself has no gradient: slots that are not the best, and repeat.
+    slot = torch.randint(num_subkeys**2, (num_tokens, num_heads, top_k))
+    halves = [half.requires_grad_() for half in normal_halves(num_tokens, num_heads, num_subkeys, width, dtype)]
+    norms = [torch.rand(width).add(0.5).to(dtype).requires_grad_() for _ in range(2 if normalised else 0)]
+    options = dict(zip(("query_norm", "key_norm"), norms, strict=False))
+    used, weight = product_topk(*halves, top_k, slot, backend=backend, **options)
+    assert torch.equal(used, slot)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (*halves, *norms)]
+    expected = topk_reference.slot_weights(topk_reference.half_scores(*wide), slot)
+    # Scores grow with the width, and what rounds them moves the weights by as much.
+    tolerance = {FLOAT64: 1e-11, FLOAT32: 2e-5, BF16: 2e-2}[dtype]
+    torch.testing.assert_close(weight.double(), expected, rtol=0, atol=min(tolerance, 2e-5))
+    grad = torch.randn_like(weight)
+    ours = torch.autograd.grad(weight, (*halves, *norms), grad)
+    truth = torch.autograd.grad(expected, wide, grad.double())
+    for one, other, operand in zip(ours, truth, (*halves, *norms), strict=True):
+        assert one.dtype == operand.dtype
+        torch.testing.assert_close(
+            one.double(), other, rtol=tolerance, atol=tolerance * max(1, float(other.abs().max()))
+        )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_replayed_slots_give_the_same_scores_and_gradients(dtype: torch.dtype, backend: Backend) -> None:
-    query, keys = (half.to(dtype).requires_grad_() for half in normal_halves(6, 3, 7, 5))
-    slot, score = product_topk(query, keys, 4, backend=backend)
-    same_slot, same_score = product_topk(query, keys, 4, slot.clone(), backend=backend)
+@precisions
+@normalisation
+def test_replayed_slots_give_the_same_weights_and_gradients(
+    dtype: torch.dtype, score_dtype: torch.dtype, normalised: bool, backend: Backend
+) -> None:
+    query, keys = (half.requires_grad_() for half in normal_halves(3, 2, 7, 5, dtype))
+    norm = torch.ones(5, dtype=dtype) if normalised else None
+    options = {"backend": backend, "score_dtype": score_dtype, "query_norm": norm, "key_norm": norm}
+    slot, weight = product_topk(query, keys, 4, **options)
+    same_slot, same_weight = product_topk(query, keys, 4, slot.clone(), **options)
     assert torch.equal(slot, same_slot)
-    assert torch.equal(score, same_score)
-    grad = torch.randn_like(score)
-    first = torch.autograd.grad(score, (query, keys), grad)
-    again = torch.autograd.grad(same_score, (query, keys), grad)
+    assert torch.equal(weight, same_weight)
+    grad = torch.randn_like(weight)
+    first = torch.autograd.grad(weight, (query, keys), grad)
+    again = torch.autograd.grad(same_weight, (query, keys), grad)
     assert all(map(torch.equal, first, again))
 
 
-def test_replayed_slots_are_scored_when_they_are_not_the_best_and_repeat(backend: Backend) -> None:
-    query, keys = (half.requires_grad_() for half in normal_halves(6, 3, 7, 5))
-    slot = torch.randint(49, (6, 3, 4))
-    slot[0] = 48
-    used, score = product_topk(query, keys, 4, slot, backend=backend)
-    expected = oracle.slot_scores(query, keys).gather(-1, slot)
-    assert torch.equal(used, slot)
-    torch.testing.assert_close(score, expected, rtol=0, atol=1e-12)
-    grad = torch.randn_like(score)
-    ours = torch.autograd.grad(score, (query, keys), grad)
-    truth = torch.autograd.grad(expected, (query, keys), grad)
-    for one, other in zip(ours, truth, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-
-
-def test_product_topk_gives_no_gradient_to_unselected_keys(backend: Backend) -> None:
-    query, keys = normal_halves(2, 2, 20, 3)
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+def test_product_topk_gives_no_gradient_to_unselected_keys(dtype: torch.dtype, backend: Backend) -> None:
+    query, keys = normal_halves(2, 2, 20, 3, dtype)
     keys.requires_grad_()
-    slot, score = product_topk(query, keys, 3, backend=backend)
-    score.square().sum().backward()
+    slot, weight = product_topk(query, keys, 3, backend=backend)
+    (weight * torch.arange(3)).sum().backward()
     for head in range(2):
         for half, index in enumerate((slot[:, head] // 20, slot[:, head] % 20)):
             touched = keys.grad[head, half].abs().sum(-1) > 0
             assert touched.nonzero().squeeze(1).tolist() == index.unique().tolist()
 
 
-def test_product_topk_takes_no_tokens(backend: Backend) -> None:
-    query, keys = (half.requires_grad_() for half in normal_halves(0, 2, 5, 3))
-    slot, score = product_topk(query, keys, 4, backend=backend)
-    assert slot.shape == score.shape == (0, 2, 4)
-    score.sum().backward()
-    assert query.grad.shape == query.shape
-    assert torch.equal(keys.grad, torch.zeros_like(keys))
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_gradients_that_nobody_wants_are_not_made(wanted: tuple[bool, bool], backend: Backend) -> None:
+    query, keys = normal_halves(2, 1, 4, 3)
+    slot, weight = product_topk(query, keys, 2, backend=backend)
+    score_grad = score_gradient(weight, torch.randn_like(weight))
+    grads = operand_gradients(query, keys, slot, score_grad, None, wanted, backend)
+    assert tuple(grad is not None for grad in grads) == wanted
 
 
-def test_product_topk_chooses_the_same_for_one_token_and_for_many(backend: Backend) -> None:
-    query = torch.randint(-2, 3, (9, 2, 2, 4)).double()
-    keys = torch.randint(-2, 3, (2, 2, 11, 4)).double()
-    alone = torch.cat([product_topk(token, keys, 6, backend=backend)[0] for token in query.split(1)])
-    assert torch.equal(product_topk(query, keys, 6, backend=backend)[0], alone)
+@precisions
+def test_product_topk_takes_no_tokens(dtype: torch.dtype, score_dtype: torch.dtype, backend: Backend) -> None:
+    query, keys = (half.requires_grad_() for half in normal_halves(0, 2, 5, 3, dtype))
+    norm = torch.ones(3, dtype=dtype)
+    for slot_index in (None, torch.zeros(0, 2, 4, dtype=torch.int64)):
+        slot, weight = product_topk(
+            query, keys, 4, slot_index, backend=backend, score_dtype=score_dtype, query_norm=norm
+        )
+        assert slot.shape == weight.shape == (0, 2, 4)
+        keys.grad = None
+        weight.sum().backward()
+        assert query.grad.shape == query.shape
+        assert torch.equal(keys.grad, torch.zeros_like(keys))
+
+
+@pytest.mark.parametrize("score_dtype", [FLOAT32, BF16], ids=str)
+def test_product_topk_chooses_the_same_in_chunks_and_at_once(
+    score_dtype: torch.dtype, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = torch.randint(-2, 3, (130, 1, 2, 4)).float()
+    keys = torch.randint(-2, 3, (1, 2, 5, 4)).float()
+    norm = torch.rand(4)
+    options = {"backend": backend, "score_dtype": score_dtype, "query_norm": norm}
+    slot, weight = product_topk(query, keys, 2, **options)
+    monkeypatch.setattr(native, "_CHUNK_SCORES", {"cpu": 70, "cuda": 70})
+    if backend.is_triton:
+        from mempar.kernels.product_topk import fused
+
+        monkeypatch.setattr(fused, "_CHUNK_BYTES", 1)
+    for slot_index in (None, slot):
+        again, same_weight = product_topk(query, keys, 2, slot_index, **options)
+        assert torch.equal(again, slot)
+        torch.testing.assert_close(same_weight, weight, rtol=1e-5, atol=1e-6)
+
+
+def test_what_does_not_fit_is_refused(backend: Backend) -> None:
+    query, keys = normal_halves(2, 2, 5, 3, FLOAT32)
+    wrong: list[tuple[dict, str]] = [
+        ({"query": query[0]}, r"query is \[2, 2, 3\].*\[T, H, 2, Q\]"),
+        ({"keys": keys[:1]}, r"keys is \[1, 2, 5, 3\].*H=2, Q=3"),
+        ({"keys": keys.double()}, "keys is .*float64.*float32"),
+        ({"query": query.half(), "keys": keys.half()}, "query is .*float16.*bfloat16"),
+        ({"top_k": 6}, "top_k=6 with N=5"),
+        ({"top_k": 0}, "top_k=0 with N=5"),
+        ({"score_dtype": torch.float16}, "score_dtype=torch.float16"),
+        ({"query_norm": torch.ones(2)}, r"query_norm is \[2\].*\[3\]"),
+        ({"slot_index": torch.zeros(2, 2, 1, dtype=torch.int64)}, r"slot_index is \[2, 2, 1\].*\[2, 2, 2\]"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            product_topk(**{"query": query, "keys": keys, "top_k": 2, "backend": backend} | change)
+
+
+def test_kernels_refuse_more_than_they_are_compiled_for() -> None:
+    pytest.importorskip("triton")
+    triton = Backend(name="triton")
+    query, keys = normal_halves(1, 1, 8193, 1, FLOAT32)
+    with pytest.raises(ValueError, match="at most 8192 sub-keys"):
+        product_topk(query, keys, 2, backend=triton)
+    with pytest.raises(ValueError, match="top_k=65 is more than the 64"):
+        product_topk(query, keys[:, :, :100].contiguous(), 65, backend=triton)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5, 32, 33, 64])
+def test_winning_pairs_are_those_that_few_precede(top_k: int, device: torch.device) -> None:
+    first, second = winning_pairs(top_k, device)
+    expected = [(a, b) for a in range(top_k) for b in range(top_k) if (a + 1) * (b + 1) <= top_k]
+    assert list(zip(first.tolist(), second.tolist(), strict=True)) == expected
 
 
 @pytest.mark.parametrize("shape", [(9,), (1, 9), (4, 3, 9)])
 @pytest.mark.parametrize("top_k", [1, 4, 8, 9])
 @pytest.mark.parametrize("spread", [1, 3, 10**6])
-def test_stable_topk_matches_stable_sort(shape: tuple[int, ...], top_k: int, spread: int) -> None:
-    values = torch.randint(-spread, spread + 1, shape).float()
-    best, position = stable_topk(values, top_k)
+def test_sorts_match_stable_sort(shape: tuple[int, ...], top_k: int, spread: int) -> None:
+    values = torch.randint(-spread, spread + 1, shape).float() / 7
     sorted_values, order = torch.sort(values, dim=-1, descending=True, stable=True)
-    assert torch.equal(best, sorted_values[..., :top_k])
-    assert torch.equal(position, order[..., :top_k])
+    for best, position in (stable_topk(values, top_k), packed_topk(values, torch.arange(9), top_k)):
+        assert torch.equal(best, sorted_values[..., :top_k])
+        assert torch.equal(position, order[..., :top_k])
 
 
 @pytest.mark.parametrize("top_k", [1, 4, 9])
-def test_stable_topk_orders_equal_values_by_tie_key(top_k: int) -> None:
-    values = torch.randint(3, (50, 9)).double()
-    tie_key = torch.stack([torch.randperm(100)[:9] for _ in range(50)])
-    best, position = stable_topk(values, top_k, tie_key)
-    for row, key, value, place in zip(values.tolist(), tie_key.tolist(), best.tolist(), position.tolist(), strict=True):
+def test_sorts_order_equal_values_by_number(top_k: int) -> None:
+    values = torch.randint(3, (50, 9)).float()
+    number = torch.stack([torch.randperm(100)[:9] for _ in range(50)])
+    best, position = stable_topk(values, top_k, number)
+    for row, key, value, place in zip(values.tolist(), number.tolist(), best.tolist(), position.tolist(), strict=True):
         order = sorted(range(9), key=lambda index: (-row[index], key[index]))[:top_k]
         assert place == order
         assert value == [row[index] for index in order]
+    packed_best, packed_number = packed_topk(values, number, top_k)
+    assert torch.equal(packed_best, best)
+    assert torch.equal(packed_number, number.gather(-1, position))
 
 
-def test_stable_topk_treats_signed_zeros_as_equal() -> None:
+def test_sorts_treat_signed_zeros_as_equal() -> None:
     values = torch.tensor([[-0.0, 0.0, -1.0, 0.0, -0.0]])
-    assert stable_topk(values, 3)[1].tolist() == [[0, 1, 3]]
+    assert stable_topk(values, 3)[1].tolist() == packed_topk(values, torch.arange(5), 3)[1].tolist() == [[0, 1, 3]]

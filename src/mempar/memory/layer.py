@@ -65,13 +65,16 @@ class MemoryLayer(nn.Module):
             `slot_index [T, H, K] int64` and the softmax weights `[T, H, K]`, in float32 at least.
         """
         query = self.query(x).view(len(x), self.config.heads, 2, self.config.half_key_dim)
-        keys = self.keys
-        if self.config.qk_norm:
-            query, keys = self.query_norm(query), self.key_norm(keys)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        query, keys = query.to(wide), keys.to(wide)
-        slot_index, score = product_topk(query, keys, self.config.top_k, slot_index, backend=self.backend)
-        return slot_index, score.softmax(-1)
+        return product_topk(
+            query,
+            self.keys,
+            self.config.top_k,
+            slot_index,
+            backend=self.backend,
+            query_norm=self.query_norm.weight if self.config.qk_norm else None,
+            key_norm=self.key_norm.weight if self.config.qk_norm else None,
+            norm_epsilon=self.norm_epsilon,
+        )
 
     def forward(
         self, x: Tensor, readers: Readers, hook: SlotHook | None = None, token_counts: list[int] | None = None
