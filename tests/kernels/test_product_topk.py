@@ -328,10 +328,14 @@ def test_product_topk_gives_no_gradient_to_unselected_keys(dtype: torch.dtype, b
     keys.requires_grad_()
     slot, weight = product_topk(query, keys, 3, backend=backend)
     (weight * torch.arange(3)).sum().backward()
+    assert keys.grad is not None
     for head in range(2):
         for half, index in enumerate((slot[:, head] // 20, slot[:, head] % 20)):
             touched = keys.grad[head, half].abs().sum(-1) > 0
-            assert touched.nonzero().squeeze(1).tolist() == index.unique().tolist()
+            # A sub-key of all slots that a token chose has none either: a softmax does not change with what they share.
+            shared = {int(chosen[0]) for chosen in index if len(chosen.unique()) == 1}
+            chosen = set(index.flatten().tolist())
+            assert chosen - shared <= set(touched.nonzero().squeeze(1).tolist()) <= chosen
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
