@@ -68,6 +68,12 @@ from mempar.runtime.config import DataConfig, ModelConfig, OptimConfig, Parallel
             ),
             r"memory\.moments_dtype=bf16 with a table in float64",
         ),
+        (
+            lambda: replace(
+                BASE, memory=replace(MEMORY, score_dtype="bf16"), train=TrainConfig(dtype="float64", seq_length=32)
+            ),
+            r"memory\.score_dtype=bf16 with train\.dtype=float64: .*; set memory\.score_dtype=float32",
+        ),
         (lambda: replace(BASE, memory=replace(MEMORY, layers=(4, 24))), r"\[4, 24\] .*blocks 0 to 23"),
         (lambda: replace(BASE, memory=replace(MEMORY, layers=(-1, 4))), r"\[-1, 4\] .*blocks 0 to 23"),
         (

@@ -262,3 +262,17 @@ def test_initial_value_has_its_spread(name: str, shape: tuple[int, ...], bound: 
 def test_initial_biases_are_zero_and_norms_one(names: tuple[str, ...], constant: Callable[[int], Tensor]) -> None:
     for name in names:
         assert torch.equal(initial_value(name, (6,), torch.Generator()), constant(6).double())
+
+
+def test_scores_are_as_narrow_as_the_layer_is_told() -> None:
+    x = torch.randn(40, WIDTH)
+    wide = MemoryLayer(MemoryConfig(**SMALL), WIDTH, EPSILON)
+    narrow = MemoryLayer(MemoryConfig(**SMALL, score_dtype="bf16"), WIDTH, EPSILON)
+    for one, other in zip(wide.parameters(), narrow.parameters(), strict=True):
+        torch.nn.init.normal_(one)
+        other.data.copy_(one.data)
+    (slots, weight), (rounded_slots, rounded_weight) = wide.choose(x), narrow.choose(x)
+    assert weight.dtype == rounded_weight.dtype == torch.float32
+    assert not torch.equal(weight, rounded_weight)
+    # The best slots are far enough apart for most tokens.
+    assert (slots[..., 0] == rounded_slots[..., 0]).float().mean() > 0.5

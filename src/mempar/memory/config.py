@@ -18,6 +18,7 @@ _CHOICES = {
     "dtype": ("", "float32", "bf16"),
     "rounding": ("master", "stochastic", "nearest"),
     "moments_dtype": ("float32", "bf16"),
+    "score_dtype": ("float32", "bf16"),
     "clip": ("own", "joint"),
 }
 MERGING = ("auto", "on", "off")
@@ -39,6 +40,8 @@ class MemoryConfig:
         top_k: K, at most N.
         key_dim: 2Q, the width of a whole key; even.
         value_dim: D; 0 means the model's width. `memory` and `peer` need D equal to the model's width.
+        score_dtype: of the scores of half keys: `float32` (at least) or `bf16`, which is faster on a GPU and ties more
+            often; ties go to the lowest slot.
         qk_norm: RMS-normalise queries and keys before they meet.
         scalar_gate: scale the output by sigmoid of one learned projection of the input.
         dtype: of the table and of what is sent for it: empty (the training dtype), `bf16` or `float32`.
@@ -76,6 +79,7 @@ class MemoryConfig:
     top_k: int = 32
     key_dim: int = 512
     value_dim: int = 0
+    score_dtype: str = "float32"
     qk_norm: bool = False
     scalar_gate: bool = False
     dtype: str = ""

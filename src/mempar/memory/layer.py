@@ -71,6 +71,7 @@ class MemoryLayer(nn.Module):
             self.config.top_k,
             slot_index,
             backend=self.backend,
+            score_dtype=torch.bfloat16 if self.config.score_dtype == "bf16" else torch.float32,
             query_norm=self.query_norm.weight if self.config.qk_norm else None,
             key_norm=self.key_norm.weight if self.config.qk_norm else None,
             norm_epsilon=self.norm_epsilon,

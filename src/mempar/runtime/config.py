@@ -118,6 +118,11 @@ class RunConfig:
                 f"{name}.rounding={memory.rounding} with a table in {dtype}: only updates of bf16 values "
                 f"are rounded; set {name}.dtype=bf16, or {name}.rounding=master."
             )
+        if memory.score_dtype == "bf16" and self.train.dtype == "float64":
+            raise ConfigError(
+                f"{name}.score_dtype=bf16 with train.dtype=float64: it is for exact comparisons, scores included; "
+                f"set {name}.score_dtype=float32, or another train.dtype."
+            )
         if memory.moments_dtype == "bf16" and dtype == "float64":
             raise ConfigError(
                 f"{name}.moments_dtype=bf16 with a table in float64: moments are rounded from float32; set "
