@@ -51,7 +51,8 @@ check: setup  ## formatting, lint, types and import rules
 
 test: setup check  ## check, then every test that needs no GPU and no patience
 	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_oracle_law.py -k "two-row_adam and float64"
 
 test-gpu: setup  ## on one GPU: every operation's kernels, and the laws of the engine on them
 	$(BIN)/python -m pytest tests/kernels tests/test_oracle_law.py --device cuda
