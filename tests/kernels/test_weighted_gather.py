@@ -1,6 +1,8 @@
 """Weighted sums of rows and products with them, against their references."""
 
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bags import BAGS, NUM_ROWS, WIDTHS, assert_near, every_case, every_dtype, every_index_dtype, make_bags
 from mempar.kernels.dispatch import Backend
@@ -88,3 +90,48 @@ def test_gather_scores_and_reduced_rows_are_the_gradients_of_weighted_gather(bac
 def test_bag_of_entries_skips_empty_bags() -> None:
     assert bag_of_entries(torch.tensor([0, 0, 2, 2, 3, 3], dtype=torch.int32), 3).tolist() == [1, 1, 3]
     assert bag_of_entries(torch.tensor([0]), 0).tolist() == []
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(0, 9), max_size=6),
+    width=st.integers(1, 70),
+    num_rows=st.integers(1, 9),
+    gap=st.integers(0, 5),
+    seed=st.integers(0, 2**31),
+)
+def test_any_bags_match_reference(
+    sizes: list[int], width: int, num_rows: int, gap: int, seed: int, backend: Backend
+) -> None:
+    torch.manual_seed(seed)
+    # Rows lie apart, and what lies between them is never read.
+    table = torch.full((num_rows, width + gap), torch.nan, dtype=torch.float64)
+    values = table[:, :width].normal_()
+    row_index = torch.randint(num_rows, (sum(sizes),))
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    weight, grad = (torch.randn(shape, dtype=torch.float64) for shape in ((sum(sizes),), (len(sizes), width)))
+    bags = bag_of_entries(offsets, len(row_index))
+    scores = gather_scores(values, row_index, bags, grad, backend=backend)
+    torch.testing.assert_close(
+        scores, gather_reference.gather_scores(values, row_index, bags, grad), rtol=1e-12, atol=1e-12
+    )
+    out = weighted_gather(values, row_index, weight, offsets, backend=backend)
+    expected = (
+        gather_reference.weighted_gather(values, row_index, weight, offsets) if sizes else out.new_zeros(0, width)
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gated_sums_are_sums_times_silu(backend: Backend) -> None:
+    values, row_index, weight, offsets, gate = make_bags("uneven", 33, torch.float64, torch.int32)
+    out = weighted_gather(values, row_index, weight, offsets, backend=backend, gate=gate)
+    sums = gather_reference.weighted_gather(values, row_index, weight, offsets)
+    torch.testing.assert_close(out, sums * torch.nn.functional.silu(gate), rtol=1e-12, atol=1e-12)
+
+
+def test_reference_passes_gradcheck() -> None:
+    values, row_index, weight, offsets, _ = make_bags("uneven", 3, torch.float64, torch.int32)
+    inputs = values.nan_to_num().requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda values, weight: gather_reference.weighted_gather(values, row_index, weight, offsets), inputs
+    )

@@ -26,8 +26,8 @@ from mempar.runtime.model import Model
 from mempar.runtime.schedule import LrFactors
 from mempar.runtime.tables import TORCH_DTYPES, Table
 
-# Elements of a gradient that are squared at a time.
-_NORM_ELEMENTS = 1 << 20
+# Elements of a gradient that are squared in float64 at a time: few enough for their copies, many enough for a GPU.
+_NORM_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ class Optimizers:
             counts = self.run.parallel.distributed_optimizer or not self._copy_elsewhere(member)
             once_ids = {id(grad) for grad in member.get_main_grads_for_grad_norm()} if counts else set()
             for grad in (param.grad for param in member.get_parameters() if param.grad is not None):
-                square = grad.double().square().sum()
+                square = _sum_of_squares(grad)
                 if id(grad) in once_ids:
                     counted += square
                 else:
@@ -221,8 +221,7 @@ class Optimizers:
         rest = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for table in self.model.tables:
             total = totals[table.memory] if table.copies.rank == 0 else rest
-            for block in gradients[table.name][1].split(max(1, _NORM_ELEMENTS // table.shard.part.num_columns)):
-                total += block.double().square().sum()
+            total += _sum_of_squares(gradients[table.name][1])
         return list(totals.values()), rest
 
     def _apply(self, factors: LrFactors, report: StepReport, gradients: dict[str, RowGradient]) -> None:
@@ -275,6 +274,14 @@ def clip_factors(
         for name, memory in run.memories.items()
     }
     return together, values
+
+
+def _sum_of_squares(grad: Tensor) -> Tensor:
+    """`[] float64`, without a copy of the whole."""
+    total = torch.zeros((), dtype=torch.float64, device=grad.device)
+    for block in grad.reshape(-1).split(_NORM_ELEMENTS):
+        total += block.double().square_().sum()
+    return total
 
 
 def _is_of_experts(member: Any) -> bool:
