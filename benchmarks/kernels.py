@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lookups import layer_contests, slot_contests
+from lookups import large_table_contest, layer_contests, slot_contests
 from machine import describe_machine
 from rich.console import Console
 from rich.table import Table
@@ -52,6 +52,8 @@ def contests(shape: Shape, backend: Backend, device: torch.device, table_bytes: 
         )
     yield from layer_contests(shape, backend, device, table_bytes)
     yield from slot_contests(shape, backend, device, table_bytes)
+    if shape.name == "1.3b":
+        yield from large_table_contest(backend, device)
 
 
 def hold(contest: Contest, device: torch.device, baseline: Baseline | None) -> dict[str, Any]:

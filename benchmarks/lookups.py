@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mempar.dims import TableSlice
-from mempar.kernels.contest import Contest, Shape
+from mempar.kernels.contest import SHAPES, Contest, Shape
 from mempar.kernels.dispatch import TORCH, Backend
 from mempar.memory.config import MemoryConfig
 from mempar.memory.layer import MemoryLayer, initial_value
@@ -138,6 +138,21 @@ def slot_contests(shape: Shape, backend: Backend, device: torch.device, table_by
             num_bytes=2 * _gather_bytes(wider) + 2 * _touched_rows(wider, lookup) * wider.width * wider.value_bytes,
             num_flops=3 * _forward_flops(wider),
         )
+
+
+def large_table_contest(backend: Backend, device: torch.device) -> Iterator[Contest]:
+    """Yield a step of 34B parameters, 16M rows of 2048 bf16 numbers, where the device holds them."""
+    shape = replace(SHAPES["1.3b"], name="34b", tokens=4096, subkeys=4096)
+    table_bytes = shape.subkeys**2 * shape.width * shape.value_bytes
+    if device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory < 1.15 * table_bytes:
+        return
+    lookup = Lookup(shape, backend, device, table_bytes)
+    yield Contest(
+        name="step with 34B parameters",
+        ours=lookup.step,
+        num_bytes=2 * _gather_bytes(shape) + 2 * _touched_rows(shape, lookup) * shape.width * shape.value_bytes,
+        num_flops=3 * _forward_flops(shape),
+    )
 
 
 def lookups_against_embedding_bag(shape: Shape, backend: Backend, device: torch.device) -> Iterator[Contest]:
