@@ -2,11 +2,13 @@
 #
 #   PYTHON=python3.12     the interpreter that makes .venv
 #   PIP_ARGS="..."        more arguments for every pip install, such as a package index
-#   ARGS="..."            more arguments for `make smoke`, `make test` and `make soak`
+#   ARGS="..."            more arguments for `make smoke`, `make test`, `make soak` and the benchmarks
+#   SETUP= BIN=/usr/bin   with `make test-gpu` and `make bench-gpu`: a Python that has everything, and nothing installed
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SETUP := setup
 STAMP := $(VENV)/.setup-done
 PIP_INSTALL = -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_ARGS)
 
@@ -54,11 +56,11 @@ test: setup check  ## check, then every test that needs no GPU and no patience
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_oracle_law.py -k "two-row_adam and float64"
 
-test-gpu: setup  ## on one GPU: every operation's kernels, and the laws of the engine on them
+test-gpu: $(SETUP)  ## on one GPU: every operation's kernels, and the laws of the engine on them
 	$(BIN)/python -m pytest tests/kernels tests/test_oracle_law.py --device cuda
 	$(BIN)/python -m pytest tests/gpu -m gpu $(ARGS)
 
-bench-gpu: setup  ## on one GPU: every operation at the recipes' shapes, right first, then timed
+bench-gpu: $(SETUP)  ## on one GPU: every operation at the recipes' shapes, right first, then timed
 	$(BIN)/python benchmarks/kernels.py --device cuda --out benchmarks/results/kernels-gpu.json $(ARGS)
 
 bench-cpu: setup  ## the operations of torch on this machine, beside F.embedding_bag

@@ -11,8 +11,8 @@ name; it returns a function to be timed, or None where it has no such operation.
 
 import argparse
 import importlib
-import importlib.util
 import json
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +37,7 @@ from mempar.kernels.contest import (
 from mempar.kernels.dispatch import Backend, choose_backend
 
 OPERATIONS = ("product_topk", "weighted_gather", "reduce_rows", "row_update", "segment_route", "peer")
+LOOKUPS = {"layer": layer_contests, "slots": slot_contests, "34b": large_table_contest}
 # Of the device's memory that a table may take.
 TABLE_SHARE = 0.4
 COLUMNS = ("shape", "operation", "ms", "p20", "p80", "TB/s", "TFLOP/s", "roofline", "rival", "times as long", "error")
@@ -44,16 +45,16 @@ COLUMNS = ("shape", "operation", "ms", "p20", "p80", "TB/s", "TFLOP/s", "rooflin
 Baseline = Callable[[str, dict[str, Any]], Callable[[], object] | None]
 
 
-def contests(shape: Shape, backend: Backend, device: torch.device, table_bytes: int) -> Iterator[Contest]:
-    """Yield the contests of all operations and of the whole layer."""
-    for operation in OPERATIONS:
-        yield from importlib.import_module(f"mempar.kernels.{operation}.bench").contests(
-            shape, backend, device, table_bytes
-        )
-    yield from layer_contests(shape, backend, device, table_bytes)
-    yield from slot_contests(shape, backend, device, table_bytes)
-    if shape.name == "1.3b":
-        yield from large_table_contest(backend, device)
+def contests(
+    names: list[str], shape: Shape, backend: Backend, device: torch.device, table_bytes: int
+) -> Iterator[Contest]:
+    """Yield the contests of some operations and lookups."""
+    for name in names:
+        if name in LOOKUPS:
+            yield from LOOKUPS[name](shape, backend, device, table_bytes)
+        else:
+            bench = importlib.import_module(f"mempar.kernels.{name}.bench")
+            yield from bench.contests(shape, backend, device, table_bytes)
 
 
 def hold(contest: Contest, device: torch.device, baseline: Baseline | None) -> dict[str, Any]:
@@ -113,11 +114,13 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 def load_baseline(where: str) -> Baseline:
     """Load FILE.py:FUNCTION."""
     path, _, name = where.rpartition(":")
-    spec = importlib.util.spec_from_file_location("baseline", path)
-    assert spec is not None and spec.loader is not None, f"{where} is not FILE.py:FUNCTION"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
+    try:
+        function = runpy.run_path(path)[name]
+    except (OSError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{where} is not FILE.py:FUNCTION ({error})") from None
+    if not callable(function):
+        raise argparse.ArgumentTypeError(f"{name} of {path} is not a function")
+    return function
 
 
 def main() -> int:
@@ -125,32 +128,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="by default all that suit the device")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="operations whose names begin so")
+    parser.add_argument("--only", nargs="+", choices=[*OPERATIONS, *LOOKUPS], help="by default all of them")
     parser.add_argument("--baseline", type=load_baseline, metavar="FILE.py:FUNCTION", help="another implementation")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     backend = choose_backend("auto", device.type)
-    names = arguments.shapes or (["cpu"] if device.type == "cpu" else [name for name in SHAPES if name != "cpu"])
+    shapes = arguments.shapes or (["cpu"] if device.type == "cpu" else [name for name in SHAPES if name != "cpu"])
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 8 << 30
-    console, rows, rooflines = Console(width=None if sys.stdout.isatty() else 160), [], {}
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    figures: dict[str, Any] = {**describe_machine(), "backend": backend.name, "roofline": {}, "rows": []}
     torch.manual_seed(1)
-    for shape in map(SHAPES.__getitem__, names):
+    for shape in map(SHAPES.__getitem__, shapes):
         roofline = measure_roofline(device, shape.dtype)
-        rooflines[shape.name] = {"tb_per_s": roofline.bytes_per_s / 1e12, "tflop_per_s": roofline.flops_per_s / 1e12}
-        for contest in contests(shape, backend, device, int(TABLE_SHARE * memory)):
-            if arguments.only and not contest.name.startswith(tuple(arguments.only)):
-                continue
+        figures["roofline"][shape.name] = {
+            "tb_per_s": roofline.bytes_per_s / 1e12,
+            "tflop_per_s": roofline.flops_per_s / 1e12,
+        }
+        only = arguments.only or [*OPERATIONS, *LOOKUPS]
+        for contest in contests(only, shape, backend, device, int(TABLE_SHARE * memory)):
             row = with_roofline(hold(contest, device, arguments.baseline), contest, roofline)
-            rows.append({"shape": shape.name, **row})
-            console.print(f"[dim]{shape.name}: {contest.name}[/dim]")
+            figures["rows"].append({"shape": shape.name, **row})
+            milliseconds = f"{row['seconds']['median'] * 1e3:.3f} ms" if "seconds" in row else "WRONG"
+            console.print(f"[dim]{shape.name}: {contest.name}: {milliseconds}[/dim]")
             # Its tables make room for the next one's.
             del contest
-    show(rows, console)
-    if arguments.out:
-        figures = {**describe_machine(), "backend": backend.name, "roofline": rooflines, "rows": rows}
-        arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
-    return int(any("seconds" not in row for row in rows))
+            # What was measured is kept, whatever comes of the next.
+            if arguments.out:
+                arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    show(figures["rows"], console)
+    return int(any("seconds" not in row for row in figures["rows"]))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mempar.dims import TableSlice
-from mempar.kernels.contest import SHAPES, Contest, Shape
+from mempar.kernels.contest import Contest, Shape
 from mempar.kernels.dispatch import TORCH, Backend
 from mempar.memory.config import MemoryConfig
 from mempar.memory.layer import MemoryLayer, initial_value
@@ -142,12 +142,16 @@ def slot_contests(shape: Shape, backend: Backend, device: torch.device, table_by
         )
 
 
-def large_table_contest(backend: Backend, device: torch.device) -> Iterator[Contest]:
+def large_table_contest(shape: Shape, backend: Backend, device: torch.device, table_bytes: int) -> Iterator[Contest]:
     """Yield a step of 34B parameters, 16M rows of 2048 bf16 numbers, where the device holds them."""
-    shape = replace(SHAPES["1.3b"], name="34b", tokens=4096, subkeys=4096)
-    table_bytes = shape.subkeys**2 * shape.width * shape.value_bytes
-    if device.type != "cuda" or torch.cuda.get_device_properties(device).total_memory < 1.15 * table_bytes:
+    if shape.name != "1.3b" or device.type != "cuda":
         return
+    shape = replace(shape, name="34b", tokens=4096, subkeys=4096)
+    table_bytes = shape.subkeys**2 * shape.width * shape.value_bytes
+    if torch.cuda.get_device_properties(device).total_memory < 1.15 * table_bytes:
+        return
+    # It takes nearly all that an 80 GB device has.
+    torch.cuda.empty_cache()
     lookup = Lookup(shape, backend, device, table_bytes)
     yield Contest(
         name="step with 34B parameters",

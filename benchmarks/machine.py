@@ -13,12 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def describe_machine() -> dict[str, str]:
     """Hardware, versions, commit and date of a result."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     described = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": _said_by("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "date": time.strftime("%Y-%m-%d"),
     }
     if torch.cuda.is_available():
@@ -26,12 +25,14 @@ def describe_machine() -> dict[str, str]:
         described |= {
             "gpu": f"{gpu.name}, {gpu.total_memory >> 30} GiB",
             "cuda": str(torch.version.cuda),
-            "driver": _driver(),
+            "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
             "triton": metadata.version("triton"),
         }
     return described
 
 
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+def _said_by(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return "unknown"

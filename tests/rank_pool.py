@@ -96,6 +96,8 @@ class RankPool:
         self.job_seconds, self.collective_seconds = job_seconds, collective_seconds
         self.jobs_run = 0
         self.cpu_seconds = 0.0
+        # Or what is preloaded asks the driver for devices, which processes that are forked then cannot use.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         self._workers: list[_Worker] = []

@@ -74,6 +74,13 @@ CASES = {
     "adam-2048-bf16-moments": Case(lambda: update("adam", 2048, BF16, moments=BF16), registers=72, vector_loads=4),
     "adam-4096-bf16-master": Case(lambda: update("adam", 4096, BF16, master=True), registers=72, vector_loads=4),
     "adam-768-float32": Case(lambda: update("adam", 768, FLOAT32), registers=72, vector_loads=4),
+    # Tiles that several warps share.
+    "adagrad-512-float32-wide-tiles": Case(
+        lambda: update("adagrad", 512, FLOAT32, tile=256), registers=72, vector_loads=2
+    ),
+    "adagrad-1024-float32-one-tile": Case(
+        lambda: update("adagrad", 1024, FLOAT32, tile=1024), registers=72, vector_loads=2
+    ),
     "adagrad-33-float64": Case(lambda: update("adagrad", 33, FLOAT64), registers=128, vector_loads=0),
     # A hash and a load for every number.
     "adagrad-100-bf16-odd-tiles": Case(lambda: update("adagrad", 100, BF16, tile=7), registers=128, vector_loads=0),

@@ -6,14 +6,18 @@ pytest tests/kernels --device cuda            the kernels on a GPU
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from mempar.kernels.dispatch import Backend, choose_backend, interpreted
 
-# Kernels that are to be interpreted cannot be compiled.
-collect_ignore = ["test_compiled.py"] if interpreted() else []
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Compile where nothing runs: interpreted kernels cannot be, and a GPU has better to do."""
+    elsewhere = interpreted() or config.getoption("device") != "cpu"
+    return True if elsewhere and collection_path.name == "test_compiled.py" else None
 
 
 @pytest.fixture(autouse=True)

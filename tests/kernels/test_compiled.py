@@ -40,6 +40,15 @@ def test_kernels_compile_within_their_budget(name: str, architecture: int) -> No
     assert max(kernel.wide_loads for kernel in kernels) >= case.vector_loads
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("adagrad-")])
+def test_a_statistic_is_read_by_all_warps_before_one_thread_writes_it(name: str) -> None:
+    for kernel in launches(CASES[name].launch, 90):
+        lines = kernel.ttir.splitlines()
+        (barrier,) = (place for place, line in enumerate(lines) if "barrier" in line)
+        assert all(place < barrier for place, line in enumerate(lines) if "tt.load" in line)
+        assert all(place > barrier for place, line in enumerate(lines) if "tt.store" in line)
+
+
 def test_narrow_addresses_are_found() -> None:
     body = """
     %0 = tt.get_program_id x : i32 loc(#loc1)

@@ -178,7 +178,7 @@ def test_product_topk_gives_ties_to_the_lowest_slot_when_scores_are_small_intege
 
 
 @settings(
-    max_examples=8 if interpreted() else 100,
+    max_examples=8 if interpreted() else 40,
     deadline=None,
     derandomize=False,
     database=None,

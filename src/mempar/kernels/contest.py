@@ -169,12 +169,15 @@ def largest_error(contest: Contest) -> float:
 
 def _largest_difference(ours: Tensor, truth: Tensor) -> float:
     """Relative to the largest number; without copies of the whole in float64."""
-    largest = difference = 0.0
-    for one, other in zip(ours.reshape(-1).split(_COMPARED), truth.reshape(-1).split(_COMPARED), strict=True):
-        if one.numel():
-            difference = max(difference, float((one.double() - other.double()).abs().max()))
-            largest = max(largest, float(other.double().abs().max()))
-    return difference / max(1e-30, largest)
+    pairs = zip(ours.reshape(-1).split(_COMPARED), truth.reshape(-1).split(_COMPARED), strict=True)
+    found = [
+        (float((one.double() - other.double()).abs().max()), float(other.abs().max()))
+        for one, other in pairs
+        if one.numel()
+    ]
+    # Not Python's max(), which may pass over what is not a number.
+    difference, largest = torch.tensor([(0.0, 1e-30), *found], dtype=torch.float64).amax(0).tolist()
+    return difference / largest
 
 
 def _tensors(result: object) -> list[Tensor]:

@@ -45,6 +45,27 @@ def softmax(score, inside):
 
 
 @triton.jit
+def _store_largest(
+    largest_ptr,
+    score,
+    row,
+    live,
+    known,
+    num_subkeys,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SUBKEYS: tl.constexpr,
+):
+    """Store the largest score of each group of a tile's sub-keys."""
+    candidate = tl.where(known[None, :], score, float("-inf"))
+    largest = tl.max(tl.reshape(candidate, [TOKENS, SUBKEYS // GROUP, GROUP]), 2)
+    num_groups = tl.cdiv(num_subkeys, GROUP)
+    group = tl.program_id(1) * (SUBKEYS // GROUP) + tl.arange(0, SUBKEYS // GROUP)
+    place = largest_ptr + (row * num_groups)[:, None] + group[None, :]
+    tl.store(place, largest.to(largest_ptr.dtype.element_ty), mask=live[:, None] & (group < num_groups)[None, :])
+
+
+@triton.jit
 def score_kernel(
     score_ptr,
     largest_ptr,
@@ -99,13 +120,7 @@ def score_kernel(
         # In the interpreter a conversion cuts digits off.
         total = rounded(total) if INTERPRETED else total.to(tl.bfloat16).to(tl.float32)
     if GROUPED:
-        candidate = tl.where(known[None, :], total, float("-inf"))
-        largest = tl.max(tl.reshape(candidate, [TOKENS, SUBKEYS // GROUP, GROUP]), 2)
-        num_groups = tl.cdiv(num_subkeys, GROUP)
-        group = tl.program_id(1) * (SUBKEYS // GROUP) + tl.arange(0, SUBKEYS // GROUP)
-        largest_place = largest_ptr + (row * num_groups)[:, None] + group[None, :]
-        known_group = live[:, None] & (group < num_groups)[None, :]
-        tl.store(largest_place, largest.to(largest_ptr.dtype.element_ty), mask=known_group)
+        _store_largest(largest_ptr, total, row, live, known, num_subkeys, GROUP, TOKENS, SUBKEYS)
     score_place = score_ptr + (row * score_stride)[:, None] + subkey[None, :]
     tl.store(score_place, total.to(score_ptr.dtype.element_ty), mask=live[:, None] & known[None, :])
 

@@ -104,7 +104,7 @@ class Entries:
         wide_base: a part of the dtype of `weight`, where there are such and others.
         is_wide: `[E] bool`, which entries' gradients are behind `wide_base`, where there are both.
         num_columns: D'.
-        aligned: elements of `base` that every gradient row starts on a multiple of, at most 16 bytes.
+        aligned: elements that every gradient row starts on a multiple of, at most 16 bytes of the widest dtype.
     """
 
     segments: Segments
@@ -155,7 +155,8 @@ def locate_entries(
         wide_base=wide_base,
         is_wide=is_wide,
         num_columns=base.shape[1],
-        aligned=_LOAD_BYTES // base.element_size() if all(map(_is_aligned, grads)) else 1,
+        # One hint serves both dtypes: the wider one's.
+        aligned=_LOAD_BYTES // max(grad.element_size() for grad in grads) if all(map(_is_aligned, grads)) else 1,
     )
 
 

@@ -127,8 +127,9 @@ def reduce_update_kernel(
         if SUM.scores and FORM.master:
             value = tl.load(table.shard + row * table.shard_stride + column, mask=inside, other=0).to(SUM.wide)
         grad = sums.sum_entries(start, end, gradients, column, inside, value, scores_ptr, order_ptr, SUM)
-    # Read again rather than kept in registers, of which Adam with bf16 moments has two too few otherwise (sm_90).
-    row = tl.load(row_ptr + segment, volatile=True).to(tl.int64)
+    if FORM.round_moments:
+        # Read again rather than kept in registers, of which Adam with bf16 moments has two too few otherwise (sm_90).
+        row = tl.load(row_ptr + segment, volatile=True).to(tl.int64)
     coefficients = (scale, decay, rate, eps, beta1, beta2, correction)
     keys = (values_key, first_key, second_key)
     grad = grad.to(FORM.wide)

@@ -117,6 +117,8 @@ def _adagrad(row, piece, weight, grad, table, rate, eps, FORM: tl.constexpr):
     place = table.first + row * tl.cdiv(table.num_columns, FORM.column_tile) + tile
     # Where there is no tile, any number does that can be divided by.
     accumulator = tl.load(place, mask=left > 0, other=1) + _quotient(squares, width, FORM.wide)
+    # Where a tile spans warps, all of them read a statistic that one thread writes.
+    tl.debug_barrier()
     tl.store(place, accumulator, mask=left > 0)
     pace = _quotient(tl.full([TILES], rate, FORM.wide), _root(accumulator, FORM.wide) + eps, FORM.wide)
     return weight - tl.reshape(tl.broadcast_to(pace[:, None], [TILES, FORM.tile]), [FORM.columns]) * grad
