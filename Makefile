@@ -54,17 +54,18 @@ check: setup  ## formatting, lint, types and import rules
 test: setup check  ## check, then every test that needs no GPU and no patience
 	$(BIN)/python -m pytest $(ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_oracle_law.py -k "two-row_adam and float64"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_oracle_law.py tests/test_exchange.py tests/test_gradsync.py \
+	  -k "two-row_adam-untied-mha-float32 or float32-3x2 or sum_over"
 
 test-gpu: $(SETUP)  ## on one GPU: every operation's kernels, and the laws of the engine on them
 	$(BIN)/python -m pytest tests/kernels tests/test_oracle_law.py --device cuda
 	$(BIN)/python -m pytest tests/gpu -m gpu $(ARGS)
 
 bench-gpu: $(SETUP)  ## on one GPU: every operation at the recipes' shapes, right first, then timed
-	$(BIN)/python benchmarks/kernels.py --device cuda --out benchmarks/results/kernels-gpu.json $(ARGS)
+	$(BIN)/python benchmarks/kernels.py --device cuda $(or $(ARGS),--out benchmarks/results/kernels-gpu.json)
 
 bench-cpu: setup  ## the operations of torch on this machine, beside F.embedding_bag
-	$(BIN)/python benchmarks/kernels.py --device cpu --out benchmarks/results/kernels-cpu.json $(ARGS)
+	$(BIN)/python benchmarks/kernels.py --device cpu $(or $(ARGS),--out benchmarks/results/kernels-cpu.json)
 
 soak: setup  ## the long randomised runs
 	$(BIN)/python -m pytest -m soak $(ARGS)

@@ -148,6 +148,38 @@ def _tool(name: str, *arguments: str) -> str:
 _OPERATION = re.compile(r"^\s*(%[\w#]+)(?::\d+)? = (\S+) ?(.*?)( : .*)?$")
 
 
+def _operations(ttir: str) -> dict[str, tuple[str, str, str]]:
+    """Operations by the name of their result: what they are, their operands, their types.
+
+    What a loop carries, or a branch results in, depends on what it starts from and on what is yielded.
+    """
+    operations: dict[str, tuple[str, str, str]] = {}
+    open_regions: list[tuple[str, list[tuple[str, str]]]] = []
+    for line in (line.split(" loc(")[0] for line in ttir.splitlines()):
+        match = _OPERATION.match(line)
+        if match:
+            name, operation, operands, types = match.groups()
+            operations[name] = (operation, operands, types or "")
+        if re.search(r"\bscf\.(for|if|while)\b", line):
+            carried = re.findall(r"(%\w+) = (%\w+)", line.partition("iter_args")[2])
+            open_regions.append((match.group(1) if match else "", carried))
+            for inner, start in carried:
+                operations[inner] = ("carried", start, "")
+        yielded = re.match(r"\s*scf\.yield (%.*)", line)
+        if yielded and open_regions:
+            result, carried = open_regions[-1]
+            given = re.findall(r"%\w+", yielded.group(1))
+            for (inner, start), value in zip(carried, given, strict=False):
+                operations[inner] = ("carried", f"{start} {value}", "")
+            if result:
+                before = operations[result][1] if result in operations else ""
+                operations[result] = ("region", f"{before} {' '.join(given)}", "")
+        # An `else` goes on with its region.
+        if re.match(r"\s*}(?! else)", line) and open_regions:
+            open_regions.pop()
+    return operations
+
+
 def narrow_addresses(ttir: str) -> list[str]:
     """Lines of Triton's intermediate code that add to an address what may have overflown 32 bits.
 
@@ -155,19 +187,14 @@ def narrow_addresses(ttir: str) -> list[str]:
     be widened to 64 bits before it is multiplied and before it is added to an address. Columns, tiles and the other
     numbers of a program are bounded by a row.
     """
-    operations: dict[str, tuple[str, str, str]] = {}
-    for line in ttir.splitlines():
-        match = _OPERATION.match(line.split(" loc(")[0])
-        if match:
-            name, operation, operands, types = match.groups()
-            operations[name] = (operation, operands, types or "")
+    operations = _operations(ttir)
 
     def ancestors(name: str, seen: dict[str, None]) -> dict[str, None]:
         if name not in seen and name in operations:
             seen[name] = None
             # What was loaded does not depend on how its address was made.
             if operations[name][0] != "tt.load":
-                for operand in re.findall(r"%[\w#]+", operations[name][1]):
+                for operand in re.findall(r"%\w+", operations[name][1]):
                     ancestors(operand, seen)
         return seen
 
@@ -184,7 +211,7 @@ def narrow_addresses(ttir: str) -> list[str]:
     for name, (operation, operands, types) in operations.items():
         if operation != "tt.addptr":
             continue
-        offset = re.findall(r"%[\w#]+", operands)[1]
+        offset = re.findall(r"%\w+", operands)[1]
         products = [each for each in ancestors(offset, {}) if operations[each][0] == "arith.muli" and is_narrow(each)]
         narrow_offset = re.search(r"i32>?$", types) is not None
         if any(map(grows, products)) or (narrow_offset and grows(offset)):

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from mempar.kernels.dispatch import interpreted
 from mempar.parallel import collectives
 from rank_pool import RankPool
-from thread_groups import THREAD_DIST, Threads
+from thread_groups import THREAD_DIST, Threads, launch_one_at_a_time
 
 FIGURES = pytest.StashKey[dict[str, float]]()
 
@@ -61,6 +62,8 @@ def in_threads() -> Iterator[Threads]:
     """Runs functions as members of groups between threads; see thread_groups.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collectives, "dist", THREAD_DIST)
+        if interpreted():
+            launch_one_at_a_time(patch)
         yield Threads()
 
 

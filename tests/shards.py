@@ -4,8 +4,12 @@ import torch
 from torch import Tensor
 
 from mempar.dims import TableSlice
+from mempar.kernels.dispatch import choose_backend, interpreted
 from mempar.memory.initial import table_values
 from mempar.memory.values import ValueShard
+
+# Where kernels are interpreted, they are what is tested.
+TESTED = choose_backend("triton" if interpreted() else "auto", "cpu")
 
 
 def slice_of(num_slots: int, value_dim: int, rows: tuple[int, int], columns: tuple[int, int]) -> TableSlice:
@@ -25,7 +29,7 @@ def values_of(part: TableSlice, seed: int, dtype: torch.dtype = torch.float64) -
 
 def whole_shard(num_slots: int, value_dim: int, dtype: torch.dtype = torch.float64) -> ValueShard:
     part = slice_of(num_slots, value_dim, (0, num_slots), (0, value_dim))
-    return ValueShard(part, seed=3, dtype=dtype, device=torch.device("cpu"))
+    return ValueShard(part, seed=3, dtype=dtype, device=torch.device("cpu"), backend=TESTED)
 
 
 def touched_rows(num_rows: int, num_touched: int) -> Tensor:

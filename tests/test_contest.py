@@ -28,6 +28,7 @@ def test_largest_difference_is_relative_to_the_largest_number(
     monkeypatch.setattr(contest, "_COMPARED", at_once)
     held = Contest(name="sum", ours=lambda: (ours, TRUTH), truth=lambda: [TRUTH, TRUTH])
     assert largest_error(held) == pytest.approx(error, nan_ok=True)
+    assert largest_error(replace(held, truth=None)) is None
     assert largest_error(replace(held, ours=lambda: None, sample=lambda: (ours, TRUTH))) == pytest.approx(
         error, nan_ok=True
     )

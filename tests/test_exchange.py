@@ -26,6 +26,7 @@ from mempar.parallel.ranks import RankGrid
 from mempar.parallel.shard_plan import ShardPlan
 from mempar.parallel.two_hops import TwoHops
 from rank_pool import RankPool
+from shards import TESTED
 from thread_groups import Threads, owned_entries, plan_of, sent
 
 # (rows, columns, hops)
@@ -128,9 +129,12 @@ def read_as_member(exchange: Exchange, groups: MemoryGroups) -> Outcome:
     plan, rank = exchange.plan, groups.memory.rank
     table, lookups = exchange.inputs()
     part = plan.part_of(rank)
-    shard = ValueShard(part, seed=5, dtype=exchange.dtype, device=torch.device("cpu"))
+    shard = ValueShard(part, seed=5, dtype=exchange.dtype, device=torch.device("cpu"), backend=TESTED)
     shard.values.copy_(table[part.row_start : part.row_end, part.column_start : part.column_end])
-    value_route = OneHop(plan, groups.memory) if exchange.hops == 1 else TwoHops(plan, groups.inside, groups.across)
+    if exchange.hops == 1:
+        value_route = OneHop(plan, groups.memory, backend=TESTED)
+    else:
+        value_route = TwoHops(plan, groups.inside, groups.across, backend=TESTED)
     reader = ShardedReader(shard, plan, groups.memory, value_route=value_route, merge=exchange.merge)
     mine = [
         (*members[rank], list(counts) if exchange.tokens_known else None)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mempar.kernels.dispatch import TORCH
 from mempar.parallel.collectives import MemberGroup
 from mempar.parallel.cost import copy_sync_bytes
 from mempar.parallel.gradsync import sum_over_copies
 from mempar.parallel.ledger import ByteLedger
+from shards import TESTED
 from thread_groups import sent
 
 pytestmark = pytest.mark.usefixtures("rng")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("rng")
 def test_sum_over_copies_of_one_changes_and_sends_nothing() -> None:
     group = MemberGroup(None, ByteLedger())
     rows, grad = torch.tensor([1, 4], dtype=torch.int32), torch.randn(2, 3)
-    same_rows, same_grad = sum_over_copies(rows, grad, group, backend=TORCH)
+    same_rows, same_grad = sum_over_copies(rows, grad, group, backend=TESTED)
     assert torch.equal(same_rows, rows) and torch.equal(same_grad, grad)
     assert sent(group.ledger) == {}
     assert copy_sync_bytes(1, 2, num_columns=3, grad_bytes=4) == 0
@@ -31,7 +31,7 @@ def test_sum_over_copies_is_bitwise_the_same_on_all_of_them(in_threads: Callable
     grads = [torch.randn(len(touched), 33, dtype=dtype) for touched in rows]
 
     def work(group: MemberGroup) -> tuple:
-        union, total = sum_over_copies(rows[group.rank], grads[group.rank], group, backend=TORCH)
+        union, total = sum_over_copies(rows[group.rank], grads[group.rank], group, backend=TESTED)
         return union, total, sent(group.ledger)
 
     dense = torch.zeros(10, 33, dtype=torch.float64)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -89,6 +90,19 @@ THREAD_DIST = SimpleNamespace(
     get_world_size=lambda group: group.wire.size,
     all_to_all_single=all_to_all_between_threads,
 )
+
+
+def launch_one_at_a_time(patch: pytest.MonkeyPatch) -> None:
+    """Interpret kernels in one thread at a time: Triton's interpreter changes the language while it runs one."""
+    from triton.runtime.interpreter import GridExecutor
+
+    lock, launch = threading.Lock(), GridExecutor.__call__
+
+    def alone(self: Any, *args: Any, **kwargs: Any) -> None:
+        with lock:
+            launch(self, *args, **kwargs)
+
+    patch.setattr(GridExecutor, "__call__", alone)
 
 
 class Threads:

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from bags import make_bags
 from mempar.kernels.dispatch import Backend
+from mempar.kernels.peer import peer, peer_backward
+from mempar.kernels.product_topk import product_topk
+from mempar.kernels.reduce_rows import reduce_row_parts
+from mempar.kernels.segment_route import route
 from mempar.kernels.weighted_gather import bag_of_entries, gather_scores, weighted_gather
 
 
@@ -72,7 +76,7 @@ def test_gather_scores_refuses(name: str, spoil: Callable[[Tensor], Tensor], rul
 def test_rows_out_of_range_are_named_when_they_are_looked_for(row: int, checking: Backend) -> None:
     given = bags()
     given["row_index"][3] = row
-    with pytest.raises(IndexError, match=rf"row_index holds ids from .*{row}.*, but rows are 0 to 10"):
+    with pytest.raises(IndexError, match=rf"row_index holds ids from .*{row}.*, but they are 0 to 10"):
         weighted_gather(given["values"], given["row_index"], given["weight"], given["offsets"], backend=checking)
 
 
@@ -97,3 +101,98 @@ def test_strided_inputs_give_the_same_result(backend: Backend) -> None:
     torch.testing.assert_close(
         scores, gather_scores(given["values"], given["row_index"], bag_index, given["grad"], backend=backend)
     )
+
+
+@pytest.mark.parametrize(
+    ("offsets", "found"),
+    [([0, 3, 36], "0 to 36"), ([1, 3, 35], "1 to 35"), ([0, 9, 4, 35], "0 to 35"), ([0, 34], "0 to 34")],
+    ids=str,
+)
+def test_offsets_that_do_not_bound_the_entries_are_named_when_they_are_looked_for(
+    offsets: list[int], found: str, checking: Backend
+) -> None:
+    given = bags()
+    bounds = torch.tensor(offsets, dtype=torch.int32)
+    with pytest.raises(IndexError, match=f"offsets go from {found}; they must ascend from 0 to 35"):
+        weighted_gather(given["values"], given["row_index"], given["weight"], bounds, backend=checking)
+
+
+def test_no_offsets_at_all_are_refused(backend: Backend) -> None:
+    given = bags()
+    with pytest.raises(ValueError, match="one dimension and one number at least"):
+        weighted_gather(given["values"], given["row_index"], given["weight"], given["offsets"][:0], backend=backend)
+
+
+@pytest.mark.parametrize("name", ["row_index", "weight", "offsets"])
+def test_tensors_of_another_device_are_refused(name: str, backend: Backend) -> None:
+    given = bags()
+    given[name] = given[name].to("meta")
+    arguments = (given[each] for each in ("values", "row_index", "weight", "offsets"))
+    with pytest.raises(ValueError, match=rf"{name} is .*; it must have its place on \w+(:0)?, not on meta"):
+        weighted_gather(*arguments, backend=backend)
+
+
+PARTS: dict[str, tuple[list[Tensor], str]] = {
+    "no part": ([], "one part at least"),
+    "parts of unequal widths": ([torch.zeros(3, 8), torch.zeros(3, 1)], "8 columns, as the first part has"),
+    "three dtypes": (
+        [torch.zeros(3, 8), torch.zeros(3, 8).bfloat16(), torch.zeros(3, 8).double()],
+        r"the dtype torch\.float32 or torch\.bfloat16",
+    ),
+    "one dimension": ([torch.zeros(8)], "two dimensions"),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_reduce_row_parts_refuses(case: str, device: torch.device, backend: Backend) -> None:
+    parts, rule = PARTS[case]
+    index = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=rule):
+        reduce_row_parts(index, torch.ones(2), index, [part.to(device) for part in parts], backend=backend)
+
+
+def test_bags_of_parts_out_of_range_are_named_when_they_are_looked_for(checking: Backend) -> None:
+    index = torch.zeros(2, dtype=torch.int32)
+    parts = [torch.zeros(3, 8), torch.zeros(2, 8)]
+    with pytest.raises(IndexError, match="bag_index holds ids from 5 to 5, but they are 0 to 4"):
+        reduce_row_parts(index, torch.ones(2), index + 5, parts, backend=checking)
+
+
+@pytest.mark.parametrize("slot", [-1, 25])
+def test_given_slots_out_of_range_are_named_when_they_are_looked_for(slot: int, checking: Backend) -> None:
+    query, keys, slots = torch.randn(2, 1, 2, 4), torch.randn(1, 2, 5, 4), torch.full((2, 1, 3), slot)
+    with pytest.raises(IndexError, match=f"slot_index holds ids from {slot} to {slot}, but they are 0 to 24"):
+        product_topk(query, keys, 3, slots, backend=checking)
+
+
+def test_strided_hidden_products_give_the_same_gradients(backend: Backend) -> None:
+    down, values, x, grad = (torch.randn(rows, 8) for rows in (11, 11, 2, 2))
+    index, weight = torch.randint(11, (6,), dtype=torch.int32), torch.rand(6)
+    offsets = torch.tensor([0, 2, 6], dtype=torch.int32)
+    _, hidden = peer(down, values, index, weight, offsets, x, backend=backend)
+    expected = peer_backward(down, values, index, weight, offsets, hidden, grad, backend=backend)
+    apart = [each.repeat_interleave(2)[::2] for each in (index, weight, offsets, hidden)]
+    found = peer_backward(down, values, *apart, grad, backend=backend)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_strided_numbers_of_reads_give_the_same_entries(backend: Backend) -> None:
+    slots = torch.randint(4, (3, 6))
+    routed = route(slots, torch.tensor([0, 2, 4]), merge=True, backend=backend)
+    weight = torch.rand(3, 6)
+    apart = weight.repeat_interleave(2, dim=1)[:, ::2]
+    assert torch.equal(routed.to_entries(apart), routed.to_entries(weight))
+    parts = torch.rand(2 * routed.row_index.numel())
+    assert torch.equal(routed.to_reads(parts.repeat_interleave(2)[::2]), routed.to_reads(parts))
+    one = torch.ones(())
+    assert torch.equal(routed.to_reads(one.expand_as(parts)), torch.full((18,), 2.0))
+    with pytest.raises(ValueError, match="a number for each of 18 reads"):
+        routed.to_entries(weight[:2])
+    with pytest.raises(ValueError, match="one or more numbers for each of"):
+        routed.to_reads(parts[:-1])
+
+
+def test_a_backend_has_one_of_two_names() -> None:
+    with pytest.raises(ValueError, match="named triton or torch, not auto"):
+        Backend(name="auto")

@@ -60,3 +60,20 @@ def test_narrow_addresses_are_found() -> None:
     %6 = tt.addptr %arg0, %3 : !tt.ptr<f32>, i32 loc(#loc3)
     """
     assert [line.split()[0] for line in narrow_addresses(body)] == ["%2", "%6"]
+
+
+def test_narrow_addresses_are_found_where_loops_carry_them() -> None:
+    body = """
+    %0 = tt.get_program_id x : i32 loc(#loc1)
+    %1 = arith.muli %0, %stride : i32 loc(#loc2)
+    %2 = arith.extsi %0 : i32 to i64 loc(#loc2)
+    %3:2 = scf.for %i = %c0_i32 to %n step %c1_i32 iter_args(%place = %1, %far = %2) -> (i32, i64)  : i32 {
+      %4 = tt.addptr %arg0, %place : !tt.ptr<f32>, i32 loc(#loc3)
+      %5 = tt.addptr %arg0, %far : !tt.ptr<f32>, i64 loc(#loc3)
+      %6 = arith.addi %place, %c1_i32 : i32 loc(#loc3)
+      %7 = arith.addi %far, %c1_i64 : i64 loc(#loc3)
+      scf.yield %6, %7 : i32, i64 loc(#loc4)
+    } loc(#loc5)
+    %8 = tt.addptr %arg0, %3#0 : !tt.ptr<f32>, i32 loc(#loc3)
+    """
+    assert [line.split()[0] for line in narrow_addresses(body)] == ["%4", "%8"]

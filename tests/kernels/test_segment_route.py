@@ -135,7 +135,7 @@ def test_route_checks_what_it_is_given(backend: Backend, checking: Backend) -> N
     if backend.is_triton:
         with pytest.raises(ValueError, match="at most 1024 reads a token"):
             route(torch.zeros(1, 1025, dtype=torch.int64), cuts, merge=True, backend=backend)
-    with pytest.raises(IndexError, match="holds 0 to 9, but slots are 0 to 8"):
+    with pytest.raises(IndexError, match="holds ids from 0 to 9, but they are 0 to 8"):
         route(torch.tensor([[0, 9]]), cuts, backend=checking)
 
 

@@ -25,6 +25,11 @@ class Backend:
     name: str
     check_indices: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what is no implementation."""
+        if self.name not in ("triton", "torch"):
+            raise ValueError(f"a backend is named triton or torch, not {self.name}; choose_backend resolves auto.")
+
     @property
     def is_triton(self) -> bool:
         """Whether fused kernels run."""

@@ -211,7 +211,8 @@ class KernelsConfig:
     """What computes the operations of memory layers.
 
     Attributes:
-        backend: `triton` (fused kernels), `torch` (torch's operators) or `auto`: triton on CUDA, torch elsewhere.
+        backend: `triton` (fused kernels), `torch` (torch's operators) or `auto`: triton on CUDA, torch elsewhere. With
+            any of them torch scores float64 half keys and runs the exact `adamw`, for which there are no kernels.
         check_indices: look for row ids out of range before every read, to find a defect; the host waits each time.
     """
 

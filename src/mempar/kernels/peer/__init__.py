@@ -9,7 +9,7 @@ The gradients of the rows are not made here: what they consist of is, see `PeerG
 import torch
 from torch import Tensor
 
-from mempar.kernels.checks import check_index, check_rows, require
+from mempar.kernels.checks import check_device, check_index, check_offsets, check_rows, require
 from mempar.kernels.dispatch import Backend
 from mempar.kernels.peer import native
 from mempar.kernels.peer.native import PeerGrads
@@ -40,10 +40,11 @@ def peer(
     """
     _check(down, values, row_index, weight, offsets, backend)
     _check_bags("x", x, offsets, values)
+    row_index, weight, offsets = row_index.contiguous(), weight.contiguous(), offsets.contiguous()
     if backend.is_triton:
         from mempar.kernels.peer import fused
 
-        return fused.peer(down, values, row_index.contiguous(), weight.contiguous(), offsets.contiguous(), x)
+        return fused.peer(down, values, row_index, weight, offsets, x)
     return native.peer(down, values, row_index, weight, offsets, x)
 
 
@@ -80,12 +81,13 @@ def peer_backward(
     _check(down, values, row_index, weight, offsets, backend)
     _check_bags("grad", grad, offsets, values)
     require(hidden.shape == weight.shape and hidden.dtype == weight.dtype, "hidden", hidden, "what weight has")
+    check_device(values.device, hidden=hidden)
+    row_index, weight, offsets = row_index.contiguous(), weight.contiguous(), offsets.contiguous()
+    hidden = hidden.contiguous()
     if backend.is_triton:
         from mempar.kernels.peer import fused
 
-        return fused.peer_backward(
-            down, values, row_index.contiguous(), weight.contiguous(), offsets.contiguous(), hidden, grad
-        )
+        return fused.peer_backward(down, values, row_index, weight, offsets, hidden, grad)
     return native.peer_backward(down, values, row_index, weight, offsets, hidden, grad)
 
 
@@ -98,11 +100,13 @@ def _check(down: Tensor, values: Tensor, row_index: Tensor, weight: Tensor, offs
     wide = torch.promote_types(values.dtype, torch.float32)
     fits = weight.shape == row_index.shape and weight.dtype == wide
     require(fits, "weight", weight, f"a number of {wide} for each of {row_index.numel()} entries")
-    require(offsets.dtype == row_index.dtype and offsets.dim() == 1, "offsets", offsets, "the dtype of row_index, 1-D")
+    check_offsets(offsets, row_index, backend)
+    check_device(values.device, down=down, weight=weight)
 
 
 def _check_bags(name: str, vectors: Tensor, offsets: Tensor, values: Tensor) -> None:
     check_rows(name, vectors)
+    check_device(values.device, **{name: vectors})
     shape = [offsets.numel() - 1, values.shape[1]]
     fits = list(vectors.shape) == shape and vectors.dtype == values.dtype
     require(fits, name, vectors, f"shape {shape} and the dtype of values, {values.dtype}")

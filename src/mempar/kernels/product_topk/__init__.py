@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mempar.kernels.checks import require
+from mempar.kernels.checks import check_device, check_range, require
 from mempar.kernels.dispatch import Backend
 from mempar.kernels.product_topk import native
 from mempar.kernels.product_topk.backward import operand_gradients, score_gradient
@@ -54,8 +54,12 @@ def product_topk(
 
     Raises:
         ValueError: shapes or dtypes do not fit, or are more than the backend can do.
+        IndexError: a given slot is out of range; looked for if the backend checks indices.
     """
     _check(query, keys, top_k, slot_index, score_dtype, (query_norm, key_norm))
+    check_device(query.device, keys=keys, slot_index=slot_index, query_norm=query_norm, key_norm=key_norm)
+    if slot_index is not None:
+        check_range("slot_index", slot_index, keys.shape[2] ** 2, backend)
     if _is_fused(query.dtype, score_dtype, backend):
         from mempar.kernels.product_topk import fused
 

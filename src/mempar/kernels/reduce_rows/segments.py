@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mempar.kernels.checks import check_rows, require
-
 # Most entries that one program sums.
 PIECE_ENTRIES = 512
 # Bytes of the widest load of a thread: rows that all start on a multiple are read in such loads.
@@ -136,12 +134,7 @@ def locate_entries(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    for grad in grads:
-        check_rows("grad", grad)
-        require(grad.shape[1] == grads[0].shape[1], "grad", grad, f"{grads[0].shape[1]} columns, as the first part has")
     narrow = [grad for grad in grads if grad.dtype != weight.dtype]
-    for grad in narrow:
-        require(grad.dtype == narrow[0].dtype, "grad", grad, f"the dtype {weight.dtype} or {narrow[0].dtype}")
     wide = [grad for grad in grads if grad.dtype == weight.dtype]
     base, wide_base = (narrow or wide)[0], (wide[0] if narrow and wide else None)
     segments = sort_segments(row_index, piece_entries)

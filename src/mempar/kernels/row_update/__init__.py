@@ -25,9 +25,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mempar.kernels.checks import check_index, check_rows, require
+from mempar.kernels.checks import check_device, check_ids, check_index, check_rows, require
 from mempar.kernels.dispatch import Backend
-from mempar.kernels.reduce_rows import reduce_row_parts
+from mempar.kernels.reduce_rows import check_parts, reduce_row_parts
 from mempar.kernels.row_update import native
 from mempar.kernels.row_update.rows import Adagrad, Adam, Rule, TableRows, check_table
 from mempar.kernels.weighted_gather import gather_scores
@@ -103,12 +103,14 @@ def reduce_and_update(
 
     Raises:
         ValueError: shapes or dtypes do not fit.
-        IndexError: a row is out of range; looked for if the backend checks indices.
+        IndexError: a row or bag is out of range; looked for if the backend checks indices.
     """
     check_table(table, rule)
     check_index("row_index", row_index, table.values, backend)
     _check_entries(table, row_index, weight, bag_index, grads)
     weight = weight.to(table.wide)
+    check_parts(grads, weight)
+    check_ids("bag_index", bag_index, sum(map(len, grads)), backend)
     if backend.is_triton:
         from mempar.kernels.row_update import fused
 
@@ -178,3 +180,5 @@ def _check_entries(
     width = table.values.shape[1]
     for grad in grads:
         require(grad.dim() == 2 and grad.shape[1] == width, "grad", grad, f"the columns of values, {width}")
+        check_device(table.values.device, grad=grad)
+    check_device(table.values.device, weight=weight, bag_index=bag_index)

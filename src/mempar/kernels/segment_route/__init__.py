@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mempar.kernels.checks import require
+from mempar.kernels.checks import check_range, require
 from mempar.kernels.dispatch import Backend
 from mempar.kernels.segment_route import native
 
@@ -56,7 +56,10 @@ class Route:
         Returns:
             `[E]`; reads that share an entry are added in their order, in float32 at least.
         """
-        flat = per_read.reshape(-1)
+        if self.entry_of_read is not None:
+            fits = per_read.numel() == self.entry_of_read.numel()
+            require(fits, "per_read", per_read, f"a number for each of {self.entry_of_read.numel()} reads")
+        flat = per_read.reshape(-1).contiguous()
         if self.read_order is None:
             return flat
         if self.offsets is None:
@@ -78,7 +81,9 @@ class Route:
             `[T*M]`.
         """
         num_entries = self.row_index.numel()
-        parts = per_entry.reshape(-1, num_entries) if num_entries else per_entry.reshape(1, 0)
+        fits = per_entry.numel() % num_entries == 0 < per_entry.numel() if num_entries else not per_entry.numel()
+        require(fits, "per_entry", per_entry, f"one or more numbers for each of {num_entries} entries")
+        parts = per_entry.reshape(-1, num_entries).contiguous() if num_entries else per_entry.reshape(1, 0)
         # One part is one gather, which torch does as well.
         if self.backend.is_triton and len(parts) > 1:
             from mempar.kernels.segment_route import fused
@@ -145,13 +150,16 @@ def _check_slots(slot_index: Tensor, row_cuts: Tensor, backend: Backend) -> None
     fits = slot_index.dim() == 2 and slot_index.dtype in (torch.int32, torch.int64)
     require(fits, "slot_index", slot_index, "two dimensions of int32 or int64")
     require(slot_index.numel() <= _MOST_READS, "slot_index", slot_index, f"at most {_MOST_READS} reads")
+    most = torch.iinfo(torch.int16).max
+    require(slot_index.shape[1] <= most, "slot_index", slot_index, f"at most {most} reads a token")
     fits = row_cuts.dim() == 1 and row_cuts.numel() > 1 and row_cuts.dtype == torch.int64
     require(fits, "row_cuts", row_cuts, "one dimension of at least two int64 boundaries")
     require(row_cuts.device == slot_index.device, "row_cuts", row_cuts, f"its place on {slot_index.device}")
-    if backend.check_indices and slot_index.numel():
-        lowest, highest, num_slots = int(slot_index.min()), int(slot_index.max()), int(row_cuts[-1])
-        if lowest < 0 or highest >= num_slots:
-            raise IndexError(f"slot_index holds {lowest} to {highest}, but slots are 0 to {num_slots - 1}.")
+    if backend.check_indices:
+        cuts = row_cuts.tolist()
+        if cuts[0] != 0 or cuts != sorted(cuts):
+            raise IndexError(f"row_cuts are {cuts}; they must ascend from 0.")
+        check_range("slot_index", slot_index, cuts[-1], backend)
 
 
 def pack_columns(numbers: Tensor, column_cuts: Sequence[int], copies: int, *, backend: Backend) -> Tensor:

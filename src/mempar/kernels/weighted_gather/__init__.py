@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mempar.kernels.checks import check_index, check_rows, require
+from mempar.kernels.checks import check_device, check_index, check_offsets, check_rows, require
 from mempar.kernels.dispatch import Backend
 from mempar.kernels.weighted_gather import native
 
@@ -36,10 +36,11 @@ def weighted_gather(
     """
     check_rows("values", values)
     check_index("row_index", row_index, values, backend)
-    num_bags = offsets.numel() - 1
     require(weight.shape == row_index.shape, "weight", weight, f"a number for each of {row_index.numel()} entries")
     require(weight.dtype == values.dtype, "weight", weight, f"the dtype of values, {values.dtype}")
-    require(offsets.dtype == row_index.dtype and offsets.dim() == 1, "offsets", offsets, "the dtype of row_index, 1-D")
+    check_offsets(offsets, row_index, backend)
+    check_device(values.device, weight=weight, gate=gate)
+    num_bags = offsets.numel() - 1
     if gate is not None:
         require(gate.shape == (num_bags, values.shape[1]), "gate", gate, f"shape {[num_bags, values.shape[1]]}")
         check_rows("gate", gate)
@@ -74,7 +75,9 @@ def gather_scores(values: Tensor, row_index: Tensor, bag_index: Tensor, grad: Te
     require(grad.shape[1] == values.shape[1], "grad", grad, f"as many columns as values, {values.shape[1]}")
     require(grad.dtype == values.dtype, "grad", grad, f"the dtype of values, {values.dtype}")
     check_index("row_index", row_index, values, backend)
+    check_device(values.device, grad=grad)
     check_index("bag_index", bag_index, grad, backend)
+    require(bag_index.dtype == row_index.dtype, "bag_index", bag_index, f"the dtype of row_index, {row_index.dtype}")
     require(bag_index.shape == row_index.shape, "bag_index", bag_index, "a bag for each entry")
     row_index, bag_index = row_index.contiguous(), bag_index.contiguous()
     if backend.is_triton:
