@@ -12,7 +12,7 @@ from torch import Tensor
 
 import oracle
 from mempar.kernels.dispatch import Backend, interpreted
-from mempar.kernels.product_topk import native, product_topk
+from mempar.kernels.product_topk import backward, native, product_topk
 from mempar.kernels.product_topk import reference as topk_reference
 from mempar.kernels.product_topk.backward import operand_gradients, score_gradient
 from mempar.kernels.product_topk.pairs import winning_pairs
@@ -413,3 +413,23 @@ def test_winning_pairs_are_those_that_few_precede(top_k: int, device: torch.devi
     first, second = winning_pairs(top_k, device)
     expected = [(a, b) for a in range(top_k) for b in range(top_k) if (a + 1) * (b + 1) <= top_k]
     assert list(zip(first.tolist(), second.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("piece_entries", [1, 3, 7])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_gradients_of_hot_sub_keys_are_summed_in_pieces(
+    piece_entries: int, normalised: bool, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, keys = normal_halves(9, 2, 6, 3, FLOAT32)
+    # Most tokens choose the first sub-key of the first head, some sub-keys are chosen by none.
+    keys[0, :, 0] = query[:, 0].mean(0) * 10
+    slots = torch.randint(4, (9, 2, 4))
+    slots[:, 0] = 0
+    score_grad = torch.randn(9, 2, 4)
+    inverse_rms = torch.rand(9, 2, 2) + 0.5 if normalised else None
+    whole = operand_gradients(query, keys, slots, score_grad, inverse_rms, (True, True), backend)
+    monkeypatch.setattr(backward, "PIECE_ENTRIES", piece_entries)
+    pieces = operand_gradients(query, keys, slots, score_grad, inverse_rms, (True, True), backend)
+    for one, other in zip(pieces, whole, strict=True):
+        assert one is not None and other is not None
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -10,6 +10,9 @@ from torch import Tensor
 from mempar.kernels.dispatch import Backend
 from mempar.kernels.weighted_gather import native as gather_native
 
+# Most entries of a sub-key that one program sums.
+PIECE_ENTRIES = 512
+
 
 def score_gradient(weight: Tensor, grad: Tensor) -> Tensor:
     """`[T, H, K]` gradient of the scores, through the softmax that made the weights `[T, H, K]`."""
@@ -64,8 +67,36 @@ def operand_gradients(
         bounds = torch.arange(keys.shape[:3].numel() + 1, dtype=index_dtype, device=keys.device)
         offsets = torch.searchsorted(row_index, bounds, out_int32=index_dtype == torch.int32)
         entry_weight, bag = entry_weight.reshape(-1)[order], (order // top_k).to(index_dtype)
-        grad_keys = _gather(query.reshape(-1, width), bag, entry_weight, offsets, keys.dtype, backend).view_as(keys)
+        rows = query.reshape(-1, width)
+        if backend.is_triton and len(bag) > PIECE_ENTRIES:
+            grad_keys = _gather_in_pieces(rows, bag, entry_weight, offsets, keys.dtype, backend).view_as(keys)
+        else:
+            grad_keys = _gather(rows, bag, entry_weight, offsets, keys.dtype, backend).view_as(keys)
     return grad_query, grad_keys
+
+
+def _gather_in_pieces(
+    values: Tensor, row_index: Tensor, weight: Tensor, offsets: Tensor, out_dtype: torch.dtype, backend: Backend
+) -> Tensor:
+    """Do what `_gather` does where some bags are long: pieces are summed first, and then added in order.
+
+    Most tokens may choose the same sub-key, and one program would still sum its entries when all others are done. There
+    are as many pieces as there can be, so that the host need not wait for how many there are; the last ones are empty.
+    """
+    num_bags, num_entries = offsets.numel() - 1, row_index.numel()
+    counts = (offsets.diff() + PIECE_ENTRIES - 1) // PIECE_ENTRIES
+    # [B + 1], where the pieces of each bag start
+    first_piece = torch.zeros_like(offsets)
+    torch.cumsum(counts, 0, out=first_piece[1:])
+    piece = torch.arange(num_entries // PIECE_ENTRIES + num_bags + 1, dtype=offsets.dtype, device=offsets.device)
+    bag = torch.searchsorted(first_piece[1:], piece, right=True)
+    inside = bag.clamp(max=num_bags - 1)
+    # Pieces follow each other as entries do: where one starts, the one before ends.
+    bounds = offsets[inside] + (piece - first_piece[inside]) * PIECE_ENTRIES
+    bounds = torch.where(bag < num_bags, bounds, num_entries)
+    sums = _gather(values, row_index, weight, bounds, weight.dtype, backend)
+    ones = torch.ones(len(sums), dtype=weight.dtype, device=weight.device)
+    return _gather(sums, piece[:-1], ones, first_piece, out_dtype, backend)
 
 
 def _through_norm(grad: Tensor, query: Tensor, inverse_rms: Tensor) -> Tensor:
