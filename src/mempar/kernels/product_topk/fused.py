@@ -25,6 +25,8 @@ _CHUNK_BYTES = 128 << 20
 # Sub-keys whose largest score is kept: at N=4096 and K=32 the groups and the K groups' sub-keys, 512 and 256, take the
 # least sorting, and 16 bytes of bf16 are one load.
 _GROUP = 8
+# Sizes that differ from call to call must not compile kernels anew.
+_VARYING = ("num_tokens", "num_rows")
 # The largest sizes that kernels are compiled and tested for.
 MOST_SUBKEYS, MOST_TOP_K = 8192, 64
 
@@ -65,7 +67,7 @@ def _store_largest(
     tl.store(place, largest.to(largest_ptr.dtype.element_ty), mask=live[:, None] & (group < num_groups)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def score_kernel(
     score_ptr,
     largest_ptr,
@@ -125,7 +127,7 @@ def score_kernel(
     tl.store(score_place, total.to(score_ptr.dtype.element_ty), mask=live[:, None] & known[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def select_kernel(
     best_ptr,
     score_ptr,
@@ -169,7 +171,7 @@ def select_kernel(
     tl.store(best_ptr + (row * TOP)[:, None] + tl.arange(0, TOP)[None, :], best, mask=live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def combine_kernel(
     slot_ptr,
     weight_ptr,
@@ -206,7 +208,7 @@ def combine_kernel(
     tl.store(weight_ptr + place, softmax(score_of(chosen, False), rank < top_k), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def replay_kernel(
     weight_ptr,
     slot_ptr,

@@ -29,6 +29,8 @@ _BLOCK = 1024
 # Bytes of a tile of columns: 4 warps with 4 pieces of 16 bytes a thread under way.
 _TILE_BYTES = 4 * 32 * 4 * 16
 _MOST_COLUMNS = 1024
+# Sizes that differ from call to call must not compile kernels anew.
+_VARYING = ("num_entries",)
 _NUM_WARPS = 4
 
 
@@ -135,7 +137,7 @@ def place_kernel(
         tl.store(offset_ptr + entry.to(tl.int64), place, mask=first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def add_kernel(out_ptr, per_read_ptr, read_order_ptr, offset_ptr, num_entries, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of the reads of BLOCK entries, each in the order of its reads."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

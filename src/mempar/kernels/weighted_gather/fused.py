@@ -16,6 +16,8 @@ _TILE_BYTES = 4 * 32 * 4 * 16
 _MOST_COLUMNS = 1024
 # Entries that one program of `gather_scores` serves, so that an output gradient is read from cache but once.
 _ENTRIES = 32
+# Sizes that differ from call to call must not compile kernels anew.
+_VARYING = ("num_entries",)
 _NUM_WARPS = 4
 
 
@@ -59,7 +61,7 @@ def gather_kernel(
     tl.store(out_ptr + bag * out_stride + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def scores_kernel(
     out_ptr,
     values_ptr,
