@@ -280,7 +280,7 @@ def _sum_of_squares(grad: Tensor) -> Tensor:
     """`[] float64`, without a copy of the whole."""
     total = torch.zeros((), dtype=torch.float64, device=grad.device)
     for block in grad.reshape(-1).split(_NORM_ELEMENTS):
-        total += block.double().square_().sum()
+        total += block.double().square().sum()
     return total
 
 
