@@ -54,7 +54,6 @@ class Compiled:
     Attributes:
         name: of the kernel.
         ttir: Triton's own intermediate code.
-        ptx: the virtual machine's.
         registers: of a thread.
         stack: bytes of a thread's stack, where registers spill to.
         shared: bytes of shared memory.
@@ -63,7 +62,6 @@ class Compiled:
 
     name: str
     ttir: str
-    ptx: str
     registers: int
     stack: int
     shared: int
@@ -132,7 +130,6 @@ def _inspect(kernel: Any) -> Compiled:
     return Compiled(
         name=kernel.name,
         ttir=kernel.asm["ttir"],
-        ptx=kernel.asm["ptx"],
         registers=registers,
         stack=stack + local,
         shared=kernel.metadata.shared,

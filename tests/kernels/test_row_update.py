@@ -306,3 +306,24 @@ def test_gradient_of_a_shard_is_summed_with_its_backend(
         gradients.append(shard.take_gradient())
     assert torch.equal(gradients[0][0], gradients[1][0])
     torch.testing.assert_close(gradients[1][1], gradients[0][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adagrad", "adam"])
+def test_a_shard_and_its_optimizer_compute_with_the_backend_they_were_given(
+    name: str, checking: Backend, device: torch.device
+) -> None:
+    # Only this backend looks for rows out of range.
+    shard = ValueShard(part_of(6, 20), seed=1, dtype=FLOAT32, device=device, backend=checking)
+    settings = OptimizerSettings(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, column_tile=8, backend=checking)
+    optimizer = make_table_optimizer(f"row_{name}", shard.values, shard.part, settings)
+    beyond, offsets = torch.tensor([6], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    weight, vector = torch.ones(1), torch.ones(1, 20)
+    for compute in (
+        lambda: shard.gather(beyond, weight, offsets),
+        lambda: shard.backward(beyond, weight, offsets, vector),
+        lambda: shard.dot(beyond, offsets, vector),
+        lambda: shard.dot_backward(beyond, weight, offsets, vector),
+        lambda: optimizer.update(beyond, vector, 0.1),
+    ):
+        with pytest.raises(IndexError, match="ids from 6 to 6, but they are 0 to 5"):
+            compute()

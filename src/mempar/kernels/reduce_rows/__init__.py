@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mempar.kernels.checks import check_device, check_ids, check_index, check_rows, require
+from mempar.kernels.checks import check_device, check_ids, check_rows, require
 from mempar.kernels.dispatch import Backend
 from mempar.kernels.weighted_gather import weighted_gather
 
@@ -38,9 +38,7 @@ def reduce_rows(
         ValueError: shapes or dtypes do not fit.
         IndexError: a bag is out of range; looked for if the backend checks indices.
     """
-    _check_entries(row_index, weight, bag_index)
-    check_rows("grad", grad)
-    check_index("bag_index", bag_index, grad, backend)
+    check_entries(row_index, weight, bag_index, [grad], backend)
     require(weight.dtype == grad.dtype, "weight", weight, f"the dtype of grad, {grad.dtype}")
     if backend.is_triton:
         return _fused(row_index, weight, bag_index, [grad])
@@ -70,9 +68,7 @@ def reduce_row_parts(
         ValueError: shapes or dtypes do not fit.
         IndexError: a bag is out of range; looked for if the backend checks indices.
     """
-    _check_entries(row_index, weight, bag_index)
-    check_parts(grads, weight)
-    check_ids("bag_index", bag_index, sum(map(len, grads)), backend)
+    check_entries(row_index, weight, bag_index, grads, backend)
     if backend.is_triton:
         return _fused(row_index, weight, bag_index, grads)
     rows, order, offsets = _sort_entries(row_index)
@@ -92,8 +88,13 @@ def reduce_row_parts(
     return rows, sums
 
 
-def check_parts(grads: Sequence[Tensor], weight: Tensor) -> None:
-    """Require parts of a gradient `[B_i, D']` that can be summed with weights of a dtype."""
+def check_entries(
+    row_index: Tensor, weight: Tensor, bag_index: Tensor, grads: Sequence[Tensor], backend: Backend
+) -> None:
+    """Require entries `[E]` of a gradient in parts `[B_i, D']` that can be summed in the dtype of their weights.
+
+    That bags are in range is looked at if the backend checks indices; rows are for the caller to look at.
+    """
     if not grads:
         raise ValueError("there is no gradient; it must have one part at least.")
     narrow = next((grad.dtype for grad in grads if grad.dtype != weight.dtype), weight.dtype)
@@ -102,15 +103,12 @@ def check_parts(grads: Sequence[Tensor], weight: Tensor) -> None:
         check_device(weight.device, grad=grad)
         require(grad.shape[1] == grads[0].shape[1], "grad", grad, f"{grads[0].shape[1]} columns, as the first part has")
         require(grad.dtype in (weight.dtype, narrow), "grad", grad, f"the dtype {weight.dtype} or {narrow}")
-
-
-def _check_entries(row_index: Tensor, weight: Tensor, bag_index: Tensor) -> None:
-    for name, index in (("row_index", row_index), ("bag_index", bag_index)):
-        fits = index.dim() == 1 and index.dtype in (torch.int32, torch.int64)
-        require(fits, name, index, "one dimension of int32 or int64")
+    fits = row_index.dim() == 1 and row_index.dtype in (torch.int32, torch.int64)
+    require(fits, "row_index", row_index, "one dimension of int32 or int64")
+    check_device(row_index.device, weight=weight, bag_index=bag_index)
     require(bag_index.shape == row_index.shape, "bag_index", bag_index, f"a bag for each of {len(row_index)} entries")
     require(weight.shape == row_index.shape, "weight", weight, f"a number for each of {len(row_index)} entries")
-    check_device(row_index.device, weight=weight, bag_index=bag_index)
+    check_ids("bag_index", bag_index, sum(map(len, grads)), backend)
 
 
 def _fused(row_index: Tensor, weight: Tensor, bag_index: Tensor, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

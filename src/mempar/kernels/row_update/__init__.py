@@ -22,12 +22,11 @@ vary from run to run.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from mempar.kernels.checks import check_device, check_ids, check_index, check_rows, require
+from mempar.kernels.checks import check_index, check_rows, require
 from mempar.kernels.dispatch import Backend
-from mempar.kernels.reduce_rows import check_parts, reduce_row_parts
+from mempar.kernels.reduce_rows import check_entries, reduce_row_parts
 from mempar.kernels.row_update import native
 from mempar.kernels.row_update.rows import Adagrad, Adam, Rule, TableRows, check_table
 from mempar.kernels.weighted_gather import gather_scores
@@ -107,10 +106,8 @@ def reduce_and_update(
     """
     check_table(table, rule)
     check_index("row_index", row_index, table.values, backend)
-    _check_entries(table, row_index, weight, bag_index, grads)
     weight = weight.to(table.wide)
-    check_parts(grads, weight)
-    check_ids("bag_index", bag_index, sum(map(len, grads)), backend)
+    _check_entries(table, row_index, weight, bag_index, grads, backend)
     if backend.is_triton:
         from mempar.kernels.row_update import fused
 
@@ -154,10 +151,9 @@ def backward_and_update(
     """
     check_table(table, rule)
     check_index("row_index", row_index, table.values, backend)
-    check_index("bag_index", bag_index, grad, backend)
-    _check_entries(table, row_index, weight, bag_index, [grad])
-    require(grad.dtype == table.values.dtype, "grad", grad, f"the dtype of values, {table.values.dtype}")
     wide_weight = weight.to(table.wide)
+    _check_entries(table, row_index, wide_weight, bag_index, [grad], backend)
+    require(grad.dtype == table.values.dtype, "grad", grad, f"the dtype of values, {table.values.dtype}")
     if backend.is_triton:
         from mempar.kernels.row_update import fused
 
@@ -172,13 +168,13 @@ def backward_and_update(
 
 
 def _check_entries(
-    table: TableRows, row_index: Tensor, weight: Tensor, bag_index: Tensor, grads: Sequence[Tensor]
+    table: TableRows,
+    row_index: Tensor,
+    weight: Tensor,
+    bag_index: Tensor,
+    grads: Sequence[Tensor],
+    backend: Backend,
 ) -> None:
-    fits = bag_index.shape == row_index.shape and bag_index.dtype in (torch.int32, torch.int64)
-    require(fits, "bag_index", bag_index, f"int32 or int64 for each of {len(row_index)} entries")
-    require(weight.shape == row_index.shape, "weight", weight, f"a number for each of {len(row_index)} entries")
+    check_entries(row_index, weight, bag_index, grads, backend)
     width = table.values.shape[1]
-    for grad in grads:
-        require(grad.dim() == 2 and grad.shape[1] == width, "grad", grad, f"the columns of values, {width}")
-        check_device(table.values.device, grad=grad)
-    check_device(table.values.device, weight=weight, bag_index=bag_index)
+    require(grads[0].shape[1] == width, "grad", grads[0], f"the columns of values, {width}")
