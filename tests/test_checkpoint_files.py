@@ -101,7 +101,7 @@ def test_rows_alone_have_a_history(tmp_path: Path) -> None:
 def write_dense(root: Path, whole: Tensor, boxes: list[Box], block_bytes: int) -> tuple[Manifest, int]:
     files, total = [], 0
     for rank, box in enumerate(boxes):
-        record, digests, _ = torch_dist.write_rank_file(root, rank, [(box, part(whole, box))], {}, block_bytes)
+        record, digests = torch_dist.write_rank_file(root, rank, [(box, part(whole, box))], {}, block_bytes)
         assert record is not None
         files.append(record)
         total += digests["x.y"]

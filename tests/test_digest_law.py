@@ -10,10 +10,15 @@ import torch
 from layout_cases import LAYOUTS, MOE_LAYOUTS
 from mempar.runtime import mcore
 from mempar.runtime.bringup import tear_down
+from mempar.runtime.checkpoint import shard_file, torch_dist
+from mempar.runtime.checkpoint.accept import read_config
+from mempar.runtime.checkpoint.boxes import Box, row_blocks
 from mempar.runtime.checkpoint.config import CheckpointConfig
 from mempar.runtime.checkpoint.dense import _sharded_state
-from mempar.runtime.checkpoint.manifest import HISTORY, read_manifest
+from mempar.runtime.checkpoint.holdings import dense_shares, object_rank, table_of, table_shares
+from mempar.runtime.checkpoint.manifest import HISTORY, Manifest, read_manifest
 from mempar.runtime.config import RunConfig
+from mempar.runtime.placement import place
 from mempar.tools.verify import differences, examine
 from rank_pool import RankPool
 from toy import Session, toy_run
@@ -77,6 +82,37 @@ def pass_on(pool: RankPool, root: Path, model: dict[str, Any], layouts: list[tup
         assert {name for name in common if first.tensors[name] != found.tensors[name]} == set(), sizes
         assert all(name.startswith("optimizer.") for name in first.tensors.keys() ^ found.tensors.keys())
         assert examine(found, lambda count: None).damages == []
+        assert boxes_written(found) == boxes_foreseen(found, world_size), sizes
+
+
+def boxes_written(manifest: Manifest) -> dict[str, set[Box | str]]:
+    """The pieces of a checkpoint by the files that hold them, but for headers and descriptions."""
+    found: dict[str, set[Box | str]] = {}
+    for path, piece in manifest.pieces():
+        if piece.box is not None or piece.key:
+            assert found.setdefault(path, set()).isdisjoint({piece.box or piece.key})
+            found[path].add(piece.box or piece.key)
+    return found
+
+
+def boxes_foreseen(manifest: Manifest, world_size: int) -> dict[str, set[Box | str]]:
+    """The same by arithmetic alone, from names and shapes."""
+    run = read_config(manifest)
+    placement = place(run, world_size)
+    found: dict[str, set[Box | str]] = {}
+    for name, record in manifest.tensors.items():
+        if table_of(name, run):
+            for share, rows in table_shares(name, record, run, placement).values():
+                found.setdefault(shard_file.path_of(share), set()).update(row_blocks(share, rows))
+            continue
+        for rank, shares in dense_shares(name, record, run, placement.grid).items():
+            for share in shares:
+                rows = torch_dist.rows_of(share, getattr(torch, share.dtype).itemsize, run.checkpoint.block_bytes)
+                found.setdefault(torch_dist.path_of(rank), set()).update(row_blocks(share, rows))
+    for _, piece in manifest.pieces():
+        if piece.key:
+            found[torch_dist.path_of(object_rank(piece.key, run, placement.grid))].add(piece.key)
+    return found
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -113,11 +149,11 @@ def test_a_table_is_written_in_row_blocks_by_those_who_hold_it(pool: RankPool, t
 def numbers_of(session: Session) -> dict[str, torch.Tensor]:
     """A rank's parameters and their optimizers' state, by names that are the same for the same layout."""
     found = {}
-    for place, chunk in enumerate(session.model.chunks):
-        found |= {f"{place}.{name}": param.detach().clone() for name, param in chunk.named_parameters()}
-    for place, member in enumerate(session.optimizers.members):
+    for number, chunk in enumerate(session.model.chunks):
+        found |= {f"{number}.{name}": param.detach().clone() for name, param in chunk.named_parameters()}
+    for member_number, member in enumerate(session.optimizers.members):
         for number, state in enumerate(member.optimizer.state.values()):
-            found |= {f"{place}.{number}.{key}": value.clone() for key, value in state.items()}
+            found |= {f"{member_number}.{number}.{key}": value.clone() for key, value in state.items()}
     return found
 
 
@@ -130,8 +166,8 @@ def load_as_megatron_does(run: RunConfig, source: Path) -> list[str]:
     session = Session(replace(run, train=replace(run.train, seed=5)))
     wanted = _sharded_state(session.model, session.optimizers, loading=True)
     state = mcore.dist_checkpointing.load(wanted, str(source / "dense"))
-    for place, chunk in enumerate(session.model.chunks):
-        chunk.load_state_dict(state["model" if len(session.model.chunks) == 1 else f"model{place}"])
+    for number, chunk in enumerate(session.model.chunks):
+        chunk.load_state_dict(state["model" if len(session.model.chunks) == 1 else f"model{number}"])
     session.optimizers.dense.load_state_dict(state["optimizer"])
     found = numbers_of(session)
     tear_down(session.world)

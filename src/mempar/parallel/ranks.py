@@ -86,6 +86,12 @@ class RankGrid:
         """W, column shards."""
         return self.mp // self.mp_rows
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the parallel dimensions, by name."""
+        names = ("world", "tp", "cp", "pp", "dp", "ep", "mp", "mp_rows", "mp_columns", "mp_hops")
+        return {name: getattr(self, name) for name in names}
+
     def stage_of(self, rank: int) -> int:
         """Pipeline stage of a world rank."""
         return rank // self.stage_size

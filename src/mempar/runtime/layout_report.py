@@ -25,18 +25,12 @@ def write_layout(path: Path, world: World, model: Model, optimizers: Optimizers)
         for name, memory in world.placement.memories.items()
     }
     report = {
-        "sizes": layout_sizes(world),
+        "sizes": world.placement.grid.sizes,
         "memories": memories,
         "reason": world.placement.reason,
         "ranks": rows,
     }
     path.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def layout_sizes(world: World) -> dict[str, int]:
-    """Sizes of the parallel dimensions, by name."""
-    names = ("world", "tp", "cp", "pp", "dp", "ep", "mp", "mp_rows", "mp_columns", "mp_hops")
-    return {name: getattr(world.placement.grid, name) for name in names}
 
 
 def _holdings(world: World, model: Model, optimizers: Optimizers) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from mempar.runtime.checkpoint.boxes import Box, check_cover
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, OPTIMIZER, HISTORY = "weights", "optimizer", "history"
 
 # A piece takes some 150 bytes: room for millions.
@@ -58,12 +58,14 @@ class Piece:
         num_bytes: its length.
         checksum: of its bytes.
         box: what part of which tensor it holds; None for anything else.
+        key: under which megatron keeps it, for things of its own that are no tensors.
     """
 
     start: int
     num_bytes: int
     checksum: str
     box: Box | None = None
+    key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +220,9 @@ def _seal(text: str) -> bytes:
 
 
 def _encode(piece: Piece) -> list[Any]:
-    place = [] if piece.box is None else [piece.box.name, piece.box.offset, piece.box.sizes]
+    place: list[Any] = [piece.key] if piece.key else []
+    if piece.box is not None:
+        place = [piece.box.name, piece.box.offset, piece.box.sizes]
     return [piece.num_bytes, piece.checksum, *place]
 
 
@@ -264,8 +268,12 @@ def _decode_file(root: Path, path: str, pieces: list[Any], tensors: dict[str, Te
         raise damaged(root / MANIFEST, f"it names the file {path!r}, which is no path inside the checkpoint")
     decoded, start = [], 0
     for num_bytes, digits, *place in pieces:
-        box = None
-        if place:
+        box, key = None, ""
+        if len(place) == 1:
+            key = place[0]
+            if not isinstance(key, str) or not key.isprintable():
+                raise ValueError(f"a thing in {path} has no name that can be shown")
+        elif place:
             name, offset, sizes = place
             box = Box(
                 name=name,
@@ -277,7 +285,7 @@ def _decode_file(root: Path, path: str, pieces: list[Any], tensors: dict[str, Te
             inside = all(at + size <= of for at, size, of in zip(box.offset, box.sizes, box.shape, strict=True))
             if not inside or box.num_elements > num_bytes:
                 raise ValueError(f"a piece of {name} in {path} does not fit")
-        decoded.append(Piece(start=start, num_bytes=_sizes([num_bytes])[0], checksum=str(digits), box=box))
+        decoded.append(Piece(start=start, num_bytes=_sizes([num_bytes])[0], checksum=str(digits), box=box, key=key))
         start += num_bytes
     return FileRecord(path=path, pieces=tuple(decoded))
 

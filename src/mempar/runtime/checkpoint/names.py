@@ -21,6 +21,11 @@ def is_optimizer_state(name: str) -> bool:
     return name.startswith(_STATE)
 
 
+def parameter_of(name: str) -> str:
+    """The parameter to which a tensor belongs: itself, or the one whose state it is."""
+    return name.removeprefix(_STATE).partition(".")[2] if name.startswith(_STATE) else name
+
+
 def parameter_of_master(name: str) -> str | None:
     """The parameter of which a tensor is the copy that is stepped; None for other tensors."""
     return next((name.removeprefix(prefix) for prefix in _MASTERS if name.startswith(prefix)), None)

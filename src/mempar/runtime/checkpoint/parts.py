@@ -8,8 +8,9 @@ from mempar.runtime.bringup import World
 from mempar.runtime.checkpoint import torch_dist
 from mempar.runtime.checkpoint.boxes import Box
 from mempar.runtime.checkpoint.dense import dense_parts
+from mempar.runtime.checkpoint.holdings import block_rows, saved_share
 from mempar.runtime.checkpoint.names import is_optimizer_state
-from mempar.runtime.checkpoint.tables import block_rows_of, saved_share, table_parts
+from mempar.runtime.checkpoint.tables import table_parts
 from mempar.runtime.config import RunConfig
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
@@ -66,9 +67,11 @@ def collect_parts(run: RunConfig, world: World, model: Model, optimizers: Optimi
     dense, objects, common = dense_parts(model, optimizers)
     shards = []
     for table, kind, box, tensor in table_parts(model.tables, optimizers, list(optimizers.histories)):
-        block_rows = block_rows_of(table, run.checkpoint.block_bytes)
-        if (share := saved_share(table, kind, box, tensor, block_rows)) is not None:
-            shards.append((kind, *share, block_rows))
+        part, copies = table.shard.part, table.copies
+        rows = block_rows(part.value_dim, table.shard.values.element_size(), run.checkpoint.block_bytes)
+        if (share := saved_share(kind, part, box, copies.rank, copies.size, rows)) is not None:
+            mine, _ = box.overlap(share) or ((), ())
+            shards.append((kind, share, tensor[mine], rows))
     # Serialised at once: it holds numbers that the next step changes.
     told = bytes(torch_dist.saved(common)) if world.is_main else b""
     return Parts(dense=dense, objects=objects, common=told, shards=shards)

@@ -44,7 +44,6 @@ from mempar.runtime.checkpoint.retention import PARTIAL, remove_leftovers, repla
 from mempar.runtime.checkpoint.together import as_told, on_main, raise_together, wait_for_all
 from mempar.runtime.config import RunConfig
 from mempar.runtime.durable import sync
-from mempar.runtime.layout_report import layout_sizes
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
 from mempar.runtime.overrides import to_yaml
@@ -73,7 +72,6 @@ class _Written:
 
     files: list[FileRecord] = field(default_factory=list)
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
-    objects: dict[str, torch_dist.Objects] = field(default_factory=dict)
     error: str = ""
 
     def add(self, name: str, like: Box | TensorRecord, kind: str, digest: int) -> None:
@@ -177,12 +175,11 @@ class Save:
                     record, digest = shard_file.write_shard_file(self.partial, box, tensor, block_rows, pool.map)
                     self.written.files.append(record)
                     self.written.add(box.name, box, kind, digest)
-            rank_file, digests, objects = torch_dist.write_rank_file(
+            rank_file, digests = torch_dist.write_rank_file(
                 self.partial, self.world.rank, parts.dense, parts.objects, self.run.checkpoint.block_bytes
             )
             if rank_file is not None:
                 self.written.files.append(rank_file)
-                self.written.objects[rank_file.path] = objects
             # All at the end: the kernel has been writing while later files were made.
             for record in self.written.files:
                 sync(self.partial / record.path)
@@ -211,9 +208,8 @@ class Save:
 
     def _describe(self, of_ranks: list[_Written]) -> int:
         files = [record for written in of_ranks for record in written.files]
-        objects = {path: places for written in of_ranks for path, places in written.objects.items()}
         ranks_files = [record for record in files if record.path.endswith(torch_dist.SUFFIX)]
-        files += torch_dist.write_description(self.partial, ranks_files, objects, self.common)
+        files += torch_dist.write_description(self.partial, ranks_files, self.common)
         files.append(torch_dist.write_small_file(self.partial, CONFIG, to_yaml(self.run).encode()))
         totals = _Written()
         for written in of_ranks:
@@ -224,7 +220,7 @@ class Save:
             progress=self.meta["progress"],
             about={
                 **{key: value for key, value in self.meta.items() if key != "progress"},
-                "layout": layout_sizes(self.world),
+                "layout": self.world.placement.grid.sizes,
                 # Every random number is a function of the seed and of its place: name, slot and column, step.
                 "random": {"seed": self.run.train.seed},
                 "versions": _versions(),

@@ -39,18 +39,53 @@ from mempar.runtime.checkpoint.names import canonical
 
 SUFFIX = ".distcp"
 DIRECTORY = "dense"
-# Stands in the manifest for things that are no tensors, by megatron's key.
-Objects = dict[str, tuple[int, int]]
 
 
-def path_of(rank: int) -> str:
-    """The file of a rank."""
-    return f"{DIRECTORY}/__{rank}_0{SUFFIX}"
+def path_of(rank: int, number: int = 0) -> str:
+    """A file of a rank, its first one or one of several."""
+    return f"{DIRECTORY}/__{rank}_{number}{SUFFIX}"
+
+
+class RankFile:
+    """A file of a rank in the making: one thing after another. The caller brings it to the disk."""
+
+    def __init__(self, directory: Path, path: str) -> None:
+        """Begin a file that is not there yet."""
+        self._path = path
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        self._file = (directory / path).open("xb")
+        self._pieces: list[Piece] = []
+
+    def add_object(self, key: str, data: bytes | memoryview) -> None:
+        """Append something that is no tensor, serialised."""
+        self._append(data, key=key)
+
+    def add_tensor(self, box: Box, part: Tensor) -> int:
+        """Append a part of a tensor, contiguous numbers on the CPU; returns its digest."""
+        digest = int(digest_box(canonical(box.name), part, box.offset, box.shape))
+        self._append(saved(part), box=box)
+        return digest
+
+    def _append(self, data: Any, box: Box | None = None, key: str = "") -> None:
+        start = self._file.tell()
+        self._pieces.append(Piece(start=start, num_bytes=len(data), checksum=checksum(data), box=box, key=key))
+        self._file.write(data)
+
+    @property
+    def record(self) -> FileRecord:
+        """What was written."""
+        return FileRecord(path=self._path, pieces=tuple(self._pieces))
+
+    def __enter__(self) -> "RankFile":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._file.close()
 
 
 def write_rank_file(
     directory: Path, rank: int, tensors: list[tuple[Box, Tensor]], objects: dict[str, bytes], block_bytes: int
-) -> tuple[FileRecord | None, dict[str, int], Objects]:
+) -> tuple[FileRecord | None, dict[str, int]]:
     """Write what a rank holds; the caller brings it to the disk.
 
     Args:
@@ -61,36 +96,24 @@ def write_rank_file(
         block_bytes: larger parts are cut, in rows of the whole tensor.
 
     Returns:
-        What was written, None for nothing; digests by tensor; where in the file the objects are.
+        What was written, None for nothing; digests by tensor.
 
     Raises:
         OSError: when the file cannot be written.
     """
     if not tensors and not objects:
-        return None, {}, {}
-    path = directory / path_of(rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pieces: list[Piece] = []
+        return None, {}
     digests: dict[str, int] = {}
-    places: Objects = {}
-    with path.open("xb") as file:
-
-        def append(data: Any, box: Box | None = None) -> None:
-            pieces.append(Piece(start=file.tell(), num_bytes=len(data), checksum=checksum(data), box=box))
-            file.write(data)
-
+    with RankFile(directory, path_of(rank)) as file:
         for key, data in objects.items():
-            places[key] = (file.tell(), len(data))
-            append(data)
+            file.add_object(key, data)
         for whole, tensor in tensors:
-            for box in row_blocks(whole, _rows_of(whole, tensor, block_bytes)):
+            for box in row_blocks(whole, rows_of(whole, tensor.element_size(), block_bytes)):
                 mine, _ = whole.overlap(box) or ((), ())
                 # torch.save writes the whole storage that a view looks at.
                 part = tensor[mine].detach().cpu().clone(memory_format=torch.contiguous_format)
-                name = canonical(box.name)
-                digests[box.name] = digests.get(box.name, 0) + int(digest_box(name, part, box.offset, box.shape))
-                append(saved(part), box)
-    return FileRecord(path=path_of(rank), pieces=tuple(pieces)), digests, places
+                digests[box.name] = digests.get(box.name, 0) + file.add_tensor(box, part)
+    return file.record, digests
 
 
 def load_piece(data: Any) -> Tensor:
@@ -109,15 +132,12 @@ def load_piece(data: Any) -> Tensor:
     return tensor
 
 
-def write_description(
-    directory: Path, files: Iterable[FileRecord], objects: dict[str, Objects], common: bytes
-) -> list[FileRecord]:
+def write_description(directory: Path, files: Iterable[FileRecord], common: bytes) -> list[FileRecord]:
     """Write the files that make the ranks' files a checkpoint for megatron.
 
     Args:
         directory: of the checkpoint.
         files: of the ranks.
-        objects: where each file holds things that are no tensors, by its path.
         common: megatron's state dict without what is sharded, serialised.
 
     Returns:
@@ -128,6 +148,7 @@ def write_description(
     for record in files:
         name = Path(record.path).name
         for piece in record.pieces:
+            place = _StorageInfo(name, piece.start, piece.num_bytes)
             if (box := piece.box) is not None:
                 entry = tensors.setdefault(
                     box.name,
@@ -138,11 +159,10 @@ def write_description(
                     ),
                 )
                 entry.chunks.append(ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.sizes)))
-                index = MetadataIndex(box.name, torch.Size(box.offset), len(entry.chunks) - 1)
-                places[index] = _StorageInfo(name, piece.start, piece.num_bytes)
-        for key, (start, num_bytes) in objects.get(record.path, {}).items():
-            tensors[key] = BytesStorageMetadata()
-            places[MetadataIndex(key)] = _StorageInfo(name, start, num_bytes)
+                places[MetadataIndex(box.name, torch.Size(box.offset), len(entry.chunks) - 1)] = place
+            elif piece.key:
+                tensors[piece.key] = BytesStorageMetadata()
+                places[MetadataIndex(piece.key)] = place
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     backend |= {"common_backend": "torch", "common_backend_version": 1}
     contents = {
@@ -163,9 +183,9 @@ def write_small_file(directory: Path, path: str, data: bytes | memoryview) -> Fi
     return FileRecord(path=path, pieces=(Piece(start=0, num_bytes=len(data), checksum=checksum(data)),))
 
 
-def _rows_of(box: Box, tensor: Tensor, block_bytes: int) -> int:
-    """Rows of the whole tensor whose part here fills a block."""
-    row_bytes = tensor.numel() * tensor.element_size() // max(1, box.sizes[0] if box.sizes else 1)
+def rows_of(box: Box, element_bytes: int, block_bytes: int) -> int:
+    """Rows of the whole tensor whose part in a box fills a block."""
+    row_bytes = box.num_elements * element_bytes // max(1, box.sizes[0] if box.sizes else 1)
     return max(1, block_bytes // max(1, row_bytes))
 
 
