@@ -151,7 +151,7 @@ def test_descriptions_that_make_no_sense_are_refused(written: Manifest, change: 
 
 def test_other_formats_and_other_directories_are_refused(written: Manifest, tmp_path: Path) -> None:
     rewrite(written.root, lambda body: body.update(format=9))
-    with pytest.raises(CheckpointError, match="has another format than 2"):
+    with pytest.raises(CheckpointError, match="has another format than 3"):
         read_manifest(written.root)
     with pytest.raises(CheckpointError, match=r"is no checkpoint: it has no manifest\.json"):
         read_manifest(tmp_path / "tables")
@@ -165,7 +165,7 @@ def test_manifests_that_are_no_plain_files_are_not_read(written: Manifest) -> No
         with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: it is no plain file of at most"):
             read_manifest(written.root)
         path.unlink()
-    path.write_bytes(_seal('{"format": 2, "tensors": ' + "[" * 100_000 + "]" * 100_000 + "}"))
+    path.write_bytes(_seal('{"format": 3, "tensors": ' + "[" * 100_000 + "]" * 100_000 + "}"))
     with pytest.raises(CheckpointError, match=r"it does not describe a checkpoint \(RecursionError"):
         read_manifest(written.root)
 

@@ -49,6 +49,11 @@ class Box:
         return tuple(mine), tuple(theirs)
 
 
+def whole_box(name: str, dtype: str, shape: tuple[int, ...]) -> Box:
+    """All of a logical tensor."""
+    return Box(name=name, dtype=dtype, shape=shape, offset=(0,) * len(shape), sizes=shape)
+
+
 def row_blocks(box: Box, rows: int) -> Iterator[Box]:
     """Cut a box where the whole tensor's rows (its first dimension) are cut into blocks of `rows`."""
     if not box.shape:

@@ -11,7 +11,7 @@ from mempar.dims import TableSlice, column_tiles, even_cuts
 from mempar.errors import CheckpointError
 from mempar.parallel.ranks import RankGrid
 from mempar.parallel.shard_plan import ShardPlan
-from mempar.runtime.checkpoint.boxes import Box
+from mempar.runtime.checkpoint.boxes import Box, whole_box
 from mempar.runtime.checkpoint.manifest import HISTORY, TensorRecord
 from mempar.runtime.checkpoint.names import parameter_of
 from mempar.runtime.config import RunConfig
@@ -113,7 +113,7 @@ def dense_shares(name: str, record: TensorRecord, run: RunConfig, grid: RankGrid
     """
     stage, rest = _place(name, parameter_of(name), run)
     first = stage * grid.stage_size
-    whole = Box(name=name, dtype=record.dtype, shape=record.shape, offset=(0,) * len(record.shape), sizes=record.shape)
+    whole = whole_box(name, record.dtype, record.shape)
     if expert := _EXPERT.fullmatch(rest):
         cuts = even_cuts(record.shape[0], grid.ep)
         dim, halves = _EXPERT_SPLIT[expert[1]]

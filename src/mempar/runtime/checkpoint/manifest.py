@@ -15,7 +15,7 @@ here imports torch.
 
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -145,7 +145,9 @@ def write_manifest(manifest: Manifest) -> bytes:
             name: {"dtype": t.dtype, "shape": t.shape, "kind": t.kind, "digest": f"{t.digest:016x}"}
             for name, t in sorted(manifest.tensors.items())
         },
-        "files": {path: [_encode(piece) for piece in record.pieces] for path, record in sorted(manifest.files.items())},
+        "files": {
+            path: [encode_piece(piece) for piece in record.pieces] for path, record in sorted(manifest.files.items())
+        },
     }
     return _seal(json.dumps(body, indent=None, separators=(",", ":")).replace('],"', '],\n"').replace('},"', '},\n"'))
 
@@ -214,16 +216,17 @@ def damaged(path: Path, why: str) -> CheckpointError:
     )
 
 
-def _seal(text: str) -> bytes:
-    """Put the checksum of a JSON object's text behind its last member."""
-    return f'{text[:-1]}{_SEAL}{checksum(text.encode())}"}}\n'.encode()
-
-
-def _encode(piece: Piece) -> list[Any]:
+def encode_piece(piece: Piece) -> list[Any]:
+    """A piece as the manifest has it: plain JSON."""
     place: list[Any] = [piece.key] if piece.key else []
     if piece.box is not None:
         place = [piece.box.name, piece.box.offset, piece.box.sizes]
     return [piece.num_bytes, piece.checksum, *place]
+
+
+def _seal(text: str) -> bytes:
+    """Put the checksum of a JSON object's text behind its last member."""
+    return f'{text[:-1]}{_SEAL}{checksum(text.encode())}"}}\n'.encode()
 
 
 def _decode(root: Path, body: dict[str, Any]) -> Manifest:
@@ -267,27 +270,42 @@ def _decode_file(root: Path, path: str, pieces: list[Any], tensors: dict[str, Te
     if not parts or path[0] == "/" or ".." in parts or not path.isprintable() or str(PurePosixPath(path)) != path:
         raise damaged(root / MANIFEST, f"it names the file {path!r}, which is no path inside the checkpoint")
     decoded, start = [], 0
-    for num_bytes, digits, *place in pieces:
-        box, key = None, ""
-        if len(place) == 1:
-            key = place[0]
-            if not isinstance(key, str) or not key.isprintable():
-                raise ValueError(f"a thing in {path} has no name that can be shown")
-        elif place:
-            name, offset, sizes = place
-            box = Box(
-                name=name,
-                dtype=tensors[name].dtype,
-                shape=tensors[name].shape,
-                offset=_sizes(offset),
-                sizes=_sizes(sizes),
-            )
-            inside = all(at + size <= of for at, size, of in zip(box.offset, box.sizes, box.shape, strict=True))
-            if not inside or box.num_elements > num_bytes:
-                raise ValueError(f"a piece of {name} in {path} does not fit")
-        decoded.append(Piece(start=start, num_bytes=_sizes([num_bytes])[0], checksum=str(digits), box=box, key=key))
-        start += num_bytes
+    for entry in pieces:
+        decoded.append(decode_piece(entry, start, tensors))
+        start += decoded[-1].num_bytes
     return FileRecord(path=path, pieces=tuple(decoded))
+
+
+def decode_piece(entry: list[Any], start: int, tensors: Mapping[str, TensorRecord]) -> Piece:
+    """A piece from what `encode_piece` made of it.
+
+    Args:
+        entry: the piece.
+        start: where in its file it begins.
+        tensors: all that there may be pieces of.
+
+    Raises:
+        ValueError: when it cannot be; KeyError or TypeError when it is nothing of the kind.
+    """
+    num_bytes, digits, *place = entry
+    box, key = None, ""
+    if len(place) == 1:
+        key = place[0]
+        if not isinstance(key, str) or not key.isprintable():
+            raise ValueError("a thing has no name that can be shown")
+    elif place:
+        name, offset, sizes = place
+        box = Box(
+            name=name,
+            dtype=tensors[name].dtype,
+            shape=tensors[name].shape,
+            offset=_sizes(offset),
+            sizes=_sizes(sizes),
+        )
+        inside = all(at + size <= of for at, size, of in zip(box.offset, box.sizes, box.shape, strict=True))
+        if not inside or box.num_elements > num_bytes:
+            raise ValueError(f"a piece of {name} does not fit")
+    return Piece(start=start, num_bytes=_sizes([num_bytes])[0], checksum=str(digits), box=box, key=key)
 
 
 def _sizes(numbers: Any) -> tuple[int, ...]:

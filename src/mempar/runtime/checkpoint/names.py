@@ -5,7 +5,7 @@ Moments are `optimizer.state.exp_avg.PARAMETER` in both. The float32 copy of a p
 distributed one, where there is one always. Nothing here imports torch.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 _STATE = "optimizer.state."
 _MASTERS = (f"{_STATE}param.", f"{_STATE}fp32_param.")
@@ -41,3 +41,29 @@ def stored_name(wanted: str, stored: Container[str]) -> str:
         return wanted
     others = (*(prefix + parameter for prefix in _MASTERS), parameter)
     return next((name for name in others if name in stored), wanted)
+
+
+def kept_names(dtypes: Mapping[str, str], *, distributed: bool) -> dict[str, str]:
+    """The tensors that a run keeps of what another one kept, which had another kind of optimizer or the same.
+
+    Args:
+        dtypes: of all tensors that there are, by name.
+        distributed: whether the run has megatron's distributed optimizer.
+
+    Returns:
+        By the names under which the run keeps them, the names under which they are there.
+    """
+    kept = {}
+    for name in dtypes:
+        parameter = parameter_of_master(name)
+        if parameter is None:
+            kept[name] = name
+        elif distributed:
+            kept[_MASTERS[0] + parameter] = name
+        elif dtypes.get(parameter) != dtypes[name]:
+            kept[_MASTERS[1] + parameter] = name
+    if distributed:
+        # Where no copy was kept, the parameter is the copy.
+        stepped = [parameter_of(name) for name in dtypes if is_optimizer_state(name)]
+        kept = {_MASTERS[0] + parameter: parameter for parameter in stepped} | kept
+    return kept

@@ -17,6 +17,8 @@ from mempar.runtime.checkpoint.names import stored_name
 
 # Bytes read at a time where they are only compared.
 _CHUNK_BYTES = 1 << 23
+# Of anything that is no tensor.
+_LARGEST_OBJECT_BYTES = 1 << 28
 # What torch.save adds to a tensor's numbers, amply.
 _TORCH_SAVE_BYTES = 1 << 14
 
@@ -102,6 +104,18 @@ class Reader:
         self.bytes_read += done
         if done < piece.num_bytes or stream.hexdigest() != piece.checksum:
             raise self._changed(path, piece)
+
+    def read_bytes(self, path: str, piece: Piece) -> bytes:
+        """Read a small piece that is no tensor.
+
+        Raises:
+            CheckpointError: when it is damaged, or not small.
+        """
+        if piece.num_bytes > _LARGEST_OBJECT_BYTES:
+            raise damaged(self._path(path), f"{_place(piece)} are more than {_LARGEST_OBJECT_BYTES} and no tensor")
+        data = bytearray(piece.num_bytes)
+        self._read_bytes(path, piece, memoryview(data))
+        return bytes(data)
 
     def _read_bytes(self, path: str, piece: Piece, into: memoryview) -> None:
         done = 0

@@ -9,9 +9,6 @@
    the directory its name.
 """
 
-import importlib.metadata
-import os
-import platform
 import shutil
 import threading
 import time
@@ -23,21 +20,12 @@ from typing import Any
 
 import torch
 
-import mempar
 from mempar.errors import MemparError
 from mempar.runtime.bringup import World
 from mempar.runtime.checkpoint import shard_file, torch_dist
 from mempar.runtime.checkpoint.boxes import Box, check_coverage
-from mempar.runtime.checkpoint.manifest import (
-    CONFIG,
-    MANIFEST,
-    OPTIMIZER,
-    WEIGHTS,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-    write_manifest,
-)
+from mempar.runtime.checkpoint.describing import describe
+from mempar.runtime.checkpoint.manifest import OPTIMIZER, WEIGHTS, FileRecord, Manifest, TensorRecord
 from mempar.runtime.checkpoint.names import is_optimizer_state
 from mempar.runtime.checkpoint.parts import Parts, collect_parts
 from mempar.runtime.checkpoint.retention import PARTIAL, remove_leftovers, replace_directory
@@ -46,7 +34,6 @@ from mempar.runtime.config import RunConfig
 from mempar.runtime.durable import sync
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
-from mempar.runtime.overrides import to_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +195,6 @@ class Save:
 
     def _describe(self, of_ranks: list[_Written]) -> int:
         files = [record for written in of_ranks for record in written.files]
-        ranks_files = [record for record in files if record.path.endswith(torch_dist.SUFFIX)]
-        files += torch_dist.write_description(self.partial, ranks_files, self.common)
-        files.append(torch_dist.write_small_file(self.partial, CONFIG, to_yaml(self.run).encode()))
         totals = _Written()
         for written in of_ranks:
             for name, record in written.tensors.items():
@@ -221,24 +205,11 @@ class Save:
             about={
                 **{key: value for key, value in self.meta.items() if key != "progress"},
                 "layout": self.world.placement.grid.sizes,
-                # Every random number is a function of the seed and of its place: name, slot and column, step.
-                "random": {"seed": self.run.train.seed},
-                "versions": _versions(),
             },
             tensors=totals.tensors,
             files={record.path: record for record in files},
         )
-        torch_dist.write_small_file(self.partial, MANIFEST, write_manifest(manifest))
-        for directory, _, _ in os.walk(self.partial):
-            sync(Path(directory))
-        return manifest.num_bytes
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "megatron-core", "numpy", "safetensors")
-    return {"mempar": mempar.__version__, "python": platform.python_version()} | {
-        package: importlib.metadata.version(package) for package in packages
-    }
+        return describe(self.partial, manifest, self.run, self.common).num_bytes
 
 
 def _not_written(path: Path, why: str) -> MemparError:

@@ -7,6 +7,7 @@ independently of each other, at places that are known beforehand.
 import json
 import os
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 
 import torch
@@ -46,6 +47,39 @@ def dtype_of(box: Box) -> torch.dtype:
     return getattr(torch, box.dtype)
 
 
+class ShardFile:
+    """The file of a shard, whose blocks are written in any order, by anyone who has opened it."""
+
+    def __init__(self, box: Box) -> None:
+        """Lay it out.
+
+        Args:
+            box: which part of which tensor it is.
+        """
+        self.box = box
+        self.path = path_of(box)
+        self.header = _header(box)
+        self.row_bytes = prod(box.sizes[1:]) * dtype_of(box).itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return len(self.header) + self.box.sizes[0] * self.row_bytes
+
+    @property
+    def head(self) -> Piece:
+        """The piece that comes before the numbers."""
+        return Piece(start=0, num_bytes=len(self.header), checksum=checksum(self.header))
+
+    def write_block(self, file: int, block: Box, part: Tensor) -> tuple[Piece, int]:
+        """Write a block of rows; returns its piece and its digest."""
+        data = as_bytes(part)
+        start = len(self.header) + (block.offset[0] - self.box.offset[0]) * self.row_bytes
+        piece = Piece(start=start, num_bytes=len(data), checksum=checksum(data), box=block)
+        write_at(file, data, start)
+        return piece, int(digest_box(block.name, part, block.offset, block.shape))
+
+
 def write_shard_file(
     directory: Path, box: Box, tensor: Tensor, block_rows: int, each: Callable[..., Iterator]
 ) -> tuple[FileRecord, int]:
@@ -64,29 +98,22 @@ def write_shard_file(
     Raises:
         OSError: when the file cannot be written.
     """
-    blocks = list(row_blocks(box, block_rows))
-    header = _header(box)
-    row_bytes = tensor[:1].numel() * tensor.element_size()
-    path = directory / path_of(box)
+    shard = ShardFile(box)
+    path = directory / shard.path
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        write_at(file, header, 0)
+        write_at(file, shard.header, 0)
 
         def write_block(block: Box) -> tuple[Piece, int]:
             first = block.offset[0] - box.offset[0]
             part = tensor[first : first + block.sizes[0]].detach().cpu().contiguous()
-            data = as_bytes(part)
-            start = len(header) + first * row_bytes
-            piece = Piece(start=start, num_bytes=len(data), checksum=checksum(data), box=block)
-            write_at(file, data, start)
-            return piece, int(digest_box(box.name, part, block.offset, block.shape))
+            return shard.write_block(file, block, part)
 
-        written = list(each(write_block, blocks))
+        written = list(each(write_block, row_blocks(box, block_rows)))
     finally:
         os.close(file)
-    head = Piece(start=0, num_bytes=len(header), checksum=checksum(header))
-    record = FileRecord(path=path_of(box), pieces=(head, *(piece for piece, _ in written)))
+    record = FileRecord(path=shard.path, pieces=(shard.head, *(piece for piece, _ in written)))
     return record, sum(digest for _, digest in written) % 2**64
 
 

@@ -39,6 +39,8 @@ from mempar.runtime.checkpoint.names import canonical
 
 SUFFIX = ".distcp"
 DIRECTORY = "dense"
+# What makes the ranks' files a checkpoint for megatron.
+DESCRIPTION = tuple(f"{DIRECTORY}/{name}" for name in (".metadata", "common.pt", "metadata.json"))
 
 
 def path_of(rank: int, number: int = 0) -> str:
@@ -165,12 +167,9 @@ def write_description(directory: Path, files: Iterable[FileRecord], common: byte
                 places[MetadataIndex(piece.key)] = place
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     backend |= {"common_backend": "torch", "common_backend_version": 1}
-    contents = {
-        ".metadata": pickle.dumps(Metadata(state_dict_metadata=tensors, storage_data=places)),
-        "common.pt": common,
-        "metadata.json": json.dumps(backend).encode(),
-    }
-    return [write_small_file(directory, f"{DIRECTORY}/{name}", data) for name, data in contents.items()]
+    metadata = pickle.dumps(Metadata(state_dict_metadata=tensors, storage_data=places))
+    contents = (metadata, common, json.dumps(backend).encode())
+    return [write_small_file(directory, path, data) for path, data in zip(DESCRIPTION, contents, strict=True)]
 
 
 def write_small_file(directory: Path, path: str, data: bytes | memoryview) -> FileRecord:

@@ -1,17 +1,25 @@
-"""A checkpoint of mempar's as a source."""
+"""A checkpoint of mempar's as a source: every piece is read whole, and checked, before a number of it is used."""
 
-from collections.abc import Iterator
+import bisect
+import io
+import itertools
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from mempar.runtime.checkpoint import torch_dist
 from mempar.runtime.checkpoint.accept import read_config
-from mempar.runtime.checkpoint.boxes import Box
-from mempar.runtime.checkpoint.manifest import MANIFEST, checksum, read_manifest
+from mempar.runtime.checkpoint.boxes import Box, whole_box
+from mempar.runtime.checkpoint.manifest import MANIFEST, Piece, TensorRecord, checksum, damaged, read_manifest
 from mempar.runtime.checkpoint.reading import Reader
-from mempar.tools.convert.source import RowStream
+from mempar.tools.convert.source import MegatronState, RowStream
+
+_COMMON = f"{torch_dist.DIRECTORY}/common.pt"
 
 
 class CheckpointSource:
@@ -29,9 +37,10 @@ class CheckpointSource:
         self.manifest = read_manifest(root)
         self.run = read_config(self.manifest)
         self.identity = checksum((root / MANIFEST).read_bytes())
-        self.tensors = self.manifest.tensors
+        self.tensors: Mapping[str, TensorRecord] = self.manifest.tensors
         self.progress, self.about = self.manifest.progress, self.manifest.about
         self._reader = Reader(self.manifest)
+        self._cuts: dict[str, list[int]] = {}
 
     def read(self, box: Box, target: Tensor) -> None:
         """See `Source`."""
@@ -44,27 +53,88 @@ class CheckpointSource:
 
     def cuts(self, name: str) -> list[int]:
         """See `Source`."""
-        return [0, self.tensors[name].shape[0]]
+        if name not in self._cuts:
+            self._cuts[name] = self._find_cuts(name)
+        return self._cuts[name]
+
+    def _find_cuts(self, name: str) -> list[int]:
+        spans = sorted(_rows_of(piece) for _, piece in self.manifest.pieces_of(name))
+        cuts, end = [0], 0
+        for start, stop in spans:
+            # Where no piece goes on.
+            if start == end and start > cuts[-1]:
+                cuts.append(start)
+            end = max(end, stop)
+        return [*cuts, end] if end > cuts[-1] else cuts
 
     def memory_bytes(self, name: str) -> int:
         """See `Source`."""
-        return 2 * max(piece.num_bytes for _, piece in self.manifest.pieces_of(name))
+        cuts = self.cuts(name)
+        record = self.tensors[name]
+        row_bytes = prod(record.shape[1:]) * getattr(torch, record.dtype).itemsize
+        rows = max((stop - start for start, stop in itertools.pairwise(cuts)), default=0)
+        pieces = max((piece.num_bytes for _, piece in self.manifest.pieces_of(name)), default=0)
+        # What is pickled is there twice while it is read.
+        return rows * row_bytes + 2 * pieces
+
+    def megatron(self) -> MegatronState:
+        """See `Source`; nothing is unpickled but numbers, texts and tensors."""
+        objects = {piece.key: self._bytes_of(path, piece) for path, piece in self.manifest.pieces() if piece.key}
+        common: dict = {}
+        if _COMMON in self.manifest.files:
+            (piece,) = self.manifest.files[_COMMON].pieces
+            data = self._bytes_of(_COMMON, piece)
+            try:
+                common = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                if not isinstance(common, dict):
+                    raise TypeError(f"a {type(common).__name__}")
+            except Exception as error:
+                raise damaged(self.root / _COMMON, f"it cannot be read ({type(error).__name__})") from None
+        return MegatronState(common=common, objects=objects)
+
+    def _bytes_of(self, path: str, piece: Piece) -> bytes:
+        return self._reader.read_bytes(path, piece)
 
 
 class _Rows:
+    """Rows in order: pieces that go across what is asked for are read once, and what they hold kept until it is."""
+
     def __init__(self, source: CheckpointSource, name: str, first: int) -> None:
-        self.source, self.name, self.at = source, name, first
+        self._source, self._at = source, first
+        record = source.tensors[name]
+        self._whole = whole_box(name, record.dtype, record.shape)
+        self._cuts = source.cuts(name)
+        self._kept, self._kept_first = torch.empty(0), 0
 
     def read(self, target: Tensor) -> None:
-        record = self.source.tensors[self.name]
-        whole = Box(
-            name=self.name,
-            dtype=record.dtype,
-            shape=record.shape,
-            offset=(0,) * len(record.shape),
-            sizes=record.shape,
-        )
-        rows = len(target)
-        offset = (self.at, *whole.offset[1:])
-        self.source.read(replace(whole, offset=offset, sizes=(rows, *record.shape[1:])), target)
-        self.at += rows
+        done = 0
+        while done < len(target):
+            place = bisect.bisect_right(self._cuts, self._at)
+            start, stop = self._cuts[place - 1], self._cuts[place]
+            count = min(stop - self._at, len(target) - done)
+            part = target[done : done + count]
+            if start == self._at and count == stop - start:
+                self._read(start, part)
+            else:
+                self._keep(start, stop)
+                part.copy_(self._kept[self._at - start : self._at - start + count])
+            self._at, done = self._at + count, done + count
+
+    def _keep(self, start: int, stop: int) -> None:
+        if len(self._kept) and self._kept_first == start:
+            return
+        self._kept = torch.empty(0)
+        dtype = getattr(torch, self._whole.dtype)
+        self._kept, self._kept_first = torch.empty((stop - start, *self._whole.shape[1:]), dtype=dtype), start
+        self._read(start, self._kept)
+
+    def _read(self, start: int, target: Tensor) -> None:
+        offset, sizes = (start, *self._whole.offset[1:]), tuple(target.shape)
+        self._source.read(replace(self._whole, offset=offset, sizes=sizes), target)
+
+
+def _rows_of(piece: Piece) -> tuple[int, int]:
+    assert piece.box is not None
+    if not piece.box.shape:
+        return 0, 1
+    return piece.box.offset[0], piece.box.offset[0] + piece.box.sizes[0]

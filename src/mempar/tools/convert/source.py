@@ -7,6 +7,7 @@ tensors, the same in every layout.
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,19 @@ from torch import Tensor
 from mempar.runtime.checkpoint.boxes import Box
 from mempar.runtime.checkpoint.manifest import TensorRecord
 from mempar.runtime.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronState:
+    """What megatron's own loader finds in a checkpoint beside tensors, and mempar's never opens.
+
+    Attributes:
+        common: what all ranks have in common, without tensors of the model.
+        objects: other things, serialised, by megatron's keys.
+    """
+
+    common: dict[Any, Any]
+    objects: dict[str, bytes]
 
 
 class RowStream(Protocol):
@@ -68,4 +82,8 @@ class Source(Protocol):
 
     def memory_bytes(self, name: str) -> int:
         """Bytes that `read` and `stream` of this tensor take at their peak, beside the target."""
+        ...
+
+    def megatron(self) -> MegatronState | None:
+        """What megatron left in it; None where it did not make it."""
         ...

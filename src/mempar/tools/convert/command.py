@@ -1,0 +1,110 @@
+"""`mempar convert`: what is asked for, checked and planned, shown, and carried out."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mempar.errors import ConfigError
+from mempar.runtime.overrides import to_yaml
+from mempar.tools.convert.checkpoint_source import CheckpointSource
+from mempar.tools.convert.conversion import Conversion, identity_of
+from mempar.tools.convert.layout import in_layout
+from mempar.tools.convert.plan import Plan
+from mempar.tools.convert.selection import Weights
+from mempar.tools.convert.source import Source
+from mempar.tools.convert.to_mempar import ToMempar
+
+FORMATS = ("mempar",)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)")
+_UNITS = {"": 1, "B": 1, **{f"{letter}{i}B": (1024 if i else 1000) ** place
+                            for place, letter in enumerate("KMGT", 1) for i in ("i", "")}}  # fmt: skip
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    assignments: list[str],
+    *,
+    form: str,
+    weights_only: bool,
+    dtype: str,
+    max_memory: str,
+    workers: int | None,
+    resume: bool,
+    dry_run: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Convert a checkpoint to another layout or format.
+
+    Args:
+        source: the directory of a checkpoint.
+        destination: the directory to make.
+        assignments: `KEY=VALUE` of the layout.
+        form: one of `FORMATS`.
+        weights_only: leave the state of optimizers out.
+        dtype: to cast weights to; empty leaves them as they are.
+        max_memory: that jobs may take together, e.g. `4GiB`.
+        workers: jobs at a time; None takes one a core.
+        resume: go on with a conversion that was begun.
+        dry_run: show the plan and stop.
+        say: prints a line.
+
+    Raises:
+        ConfigError: for bad input, before anything is written.
+        CheckpointError: when the source is none, or damaged.
+    """
+    if form not in FORMATS:
+        raise ConfigError(f"--to {form} is not known; it is one of {', '.join(FORMATS)}; use one of these.")
+    if dtype and not weights_only:
+        raise ConfigError(
+            f"--dtype {dtype} without --weights-only: the state of optimizers belongs to weights in their precision; "
+            "add --weights-only, or leave the precision as it is."
+        )
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers} does nothing; at least one does; raise it.")
+    count, limit = workers or len(os.sched_getaffinity(0)), parse_size(max_memory)
+    tensors: Source = CheckpointSource(source)
+    if weights_only:
+        tensors = Weights(tensors, dtype)
+    plan, what = _plan(tensors, assignments, form, limit // count)
+    conversion = Conversion(
+        plan=plan,
+        identity=identity_of(tensors.identity, form, what, *(job.key for job in plan.jobs)),
+        destination=destination,
+        workers=count,
+        max_memory=limit,
+    )
+    _show(conversion)
+    if dry_run:
+        return
+    conversion.run(resume=resume)
+    say(f"{destination} is whole: {plan.what}")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text such as `4GiB` or `500MB`.
+
+    Raises:
+        ConfigError: when it is no size.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or not float(found[1]):
+        raise ConfigError(f"{text!r} is no amount of memory; it is a number and a unit; write 4GiB or 500MB.")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _plan(source: Source, assignments: list[str], form: str, memory_bytes: int) -> tuple[Plan, str]:
+    """The plan, and a text of everything that decides it beside the source."""
+    run, world = in_layout(source.run, assignments)
+    return ToMempar(source, run, world).plan(memory_bytes), f"{world}\n{to_yaml(run)}"
+
+
+def _show(conversion: Conversion) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in conversion.summary():
+        table.add_row(name, text)
+    Console().print(table)

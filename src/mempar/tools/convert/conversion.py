@@ -1,0 +1,230 @@
+"""Carrying out a plan: checks before, jobs side by side, a journal of what is done, a name for the whole at the end.
+
+    DST.partial     what is being made
+    DST.journal     what of it is done
+    DST             all of it
+
+Whatever ends a conversion, DST is not there or it is whole, and `--resume` goes on behind the last job that was done.
+"""
+
+import os
+import shutil
+import threading
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from mempar.errors import ConfigError, MemparError
+from mempar.runtime.checkpoint.manifest import checksum
+from mempar.runtime.durable import sync
+from mempar.tools.convert.journal import Journal
+from mempar.tools.convert.plan import Job, Plan
+
+_PARTIAL, _JOURNAL = ".partial", ".journal"
+# Bytes that a conversion moves in a second, read and written together, for the estimate before it begins: a common
+# NVMe disk's. The progress bar says what it really is.
+_BYTES_PER_SECOND = 1e9
+
+
+class ConversionError(MemparError):
+    """A conversion that ended before it was done, through no fault of mempar's."""
+
+    exit_status = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A plan, where its outcome belongs, and what it may use.
+
+    Attributes:
+        plan: what to do.
+        identity: tells this conversion from others.
+        destination: the directory to make.
+        workers: jobs at a time, at most.
+        max_memory: bytes that all of them together may take.
+    """
+
+    plan: Plan
+    identity: str
+    destination: Path
+    workers: int
+    max_memory: int
+
+    @property
+    def partial(self) -> Path:
+        """Where it is made."""
+        return self.destination.with_name(self.destination.name + _PARTIAL)
+
+    @property
+    def journal(self) -> Path:
+        """Where is noted what of it is done."""
+        return self.destination.with_name(self.destination.name + _JOURNAL)
+
+    @property
+    def job_memory_bytes(self) -> int:
+        """That the largest job takes."""
+        return max((job.memory_bytes for job in self.plan.jobs), default=0)
+
+    @property
+    def used_workers(self) -> int:
+        """Jobs at a time that memory has room for.
+
+        Raises:
+            ConfigError: when it has none for the largest one.
+        """
+        fitting = self.max_memory // max(1, self.job_memory_bytes)
+        if not fitting:
+            raise ConfigError(
+                f"--max-memory {_size(self.max_memory)} is too little: a row block of the source takes "
+                f"{_size(self.job_memory_bytes)} to read, turn round and write; raise it to at least that."
+            )
+        return max(1, min(self.workers, fitting, len(self.plan.jobs)))
+
+    def summary(self) -> list[tuple[str, str]]:
+        """What the conversion will take, as names and texts."""
+        read = sum(job.bytes_read for job in self.plan.jobs)
+        written = sum(job.bytes_written for job in self.plan.jobs)
+        workers = self.used_workers
+        return [
+            ("makes", self.plan.what),
+            ("reads", _size(read)),
+            ("writes", f"{_size(written)} in {len(self.plan.jobs)} jobs"),
+            ("disk", f"{_size(_free(self.destination))} free where it is written"),
+            ("memory", f"at most {_size(workers * self.job_memory_bytes)} for {workers} worker(s)"),
+            ("time", f"about {_time((read + written) / _BYTES_PER_SECOND)} at 1 GB/s of reading and writing"),
+        ]
+
+    def run(self, *, resume: bool) -> None:
+        """Do all of it that is not done yet.
+
+        Args:
+            resume: go on with what was begun.
+
+        Raises:
+            ConfigError: before anything is written: the destination exists, there is no room, something was begun.
+            ConversionError: when a file cannot be read or written; what was done is kept.
+            CheckpointError: when the source is damaged; what was done is kept.
+        """
+        try:
+            self._check(resume)
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+            journal = Journal(self.journal, self.identity)
+        except OSError as error:
+            raise self._stopped(error) from None
+        done = False
+        try:
+            if not self.destination.exists():
+                self._make(journal)
+            done = True
+        except OSError as error:
+            raise self._stopped(error) from None
+        finally:
+            journal.close(remove=done)
+
+    def _check(self, resume: bool) -> None:
+        # With its journal it only has not been tidied up.
+        if os.path.lexists(self.destination) and not (resume and self.journal.exists()):
+            raise ConfigError(
+                f"{self.destination} exists; a conversion makes a new directory and changes none; remove it, or choose "
+                "another destination."
+            )
+        begun = next((path for path in (self.journal, self.partial) if path.exists()), None)
+        if begun is not None and not resume:
+            raise ConfigError(
+                f"{begun} exists: a conversion to {self.destination} was begun and did not end; continue it with "
+                f"--resume, or remove {self.journal} and {self.partial}."
+            )
+
+    def _make(self, journal: Journal) -> None:
+        left = [job for job in self.plan.jobs if job.key not in journal.results]
+        needed, free = sum(job.bytes_written for job in left), _free(self.destination)
+        if needed > free:
+            raise ConfigError(
+                f"{self.destination} needs {_size(needed)} more and its disk has {_size(free)} left; make room, or "
+                "choose another destination."
+            )
+        if not journal.results and self.partial.exists():
+            # Without a line in the journal nothing of it counts.
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(exist_ok=True)
+        self.plan.prepare(self.partial)
+        self._work(left, journal)
+        self.plan.finish(self.partial, {job.key: journal.results[job.key] for job in self.plan.jobs})
+        sync(self.partial)
+        os.rename(self.partial, self.destination)
+        sync(self.destination.parent)
+
+    def _work(self, left: list[Job], journal: Journal) -> None:
+        total = sum(job.bytes_written for job in self.plan.jobs)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        console = Console(stderr=True)
+        with Progress(
+            *columns, TimeRemainingColumn(), transient=True, console=console, disable=not console.is_terminal
+        ) as progress:
+            task = progress.add_task(
+                self.destination.name, total=total, completed=total - sum(job.bytes_written for job in left)
+            )
+            ended = threading.Event()
+
+            def work(job: Job) -> Any:
+                if ended.is_set():
+                    return None
+                return job.run(self.partial, lambda count: progress.advance(task, count))
+
+            with ThreadPoolExecutor(self.used_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                running: dict[Future[Any], Job] = {}
+                try:
+                    for job in left:
+                        if len(running) == self.used_workers:
+                            _note(running, journal)
+                        running[pool.submit(work, job)] = job
+                    while running:
+                        _note(running, journal)
+                finally:
+                    ended.set()
+
+    def _stopped(self, error: OSError) -> ConversionError:
+        return ConversionError(
+            f"{self.destination} cannot be made: {error}; the source and everything that was there are as they were, "
+            f"and what is done is kept in {self.partial}; see to the disk, and continue with --resume."
+        )
+
+
+def identity_of(*parts: str) -> str:
+    """One text for everything that decides what a conversion makes."""
+    return checksum("\0".join(parts).encode())
+
+
+def _note(running: dict[Future[Any], Job], journal: Journal) -> None:
+    """Wait until a job has ended, and note those that have."""
+    ended, _ = wait(running, return_when=FIRST_COMPLETED)
+    for future in ended:
+        job = running.pop(future)
+        journal.add(job.key, future.result())
+
+
+def _free(path: Path) -> int:
+    """Bytes left on the disk of a path that need not be there yet."""
+    there = path.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    return shutil.disk_usage(there).free
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
