@@ -10,17 +10,13 @@ import torch
 from layout_cases import LAYOUTS, MOE_LAYOUTS
 from mempar.runtime import mcore
 from mempar.runtime.bringup import tear_down
-from mempar.runtime.checkpoint import shard_file, torch_dist
-from mempar.runtime.checkpoint.accept import read_config
-from mempar.runtime.checkpoint.boxes import Box, row_blocks
 from mempar.runtime.checkpoint.config import CheckpointConfig
 from mempar.runtime.checkpoint.dense import _sharded_state
-from mempar.runtime.checkpoint.holdings import dense_shares, object_rank, table_of, table_shares
-from mempar.runtime.checkpoint.manifest import HISTORY, Manifest, read_manifest
+from mempar.runtime.checkpoint.manifest import HISTORY, read_manifest
 from mempar.runtime.config import RunConfig
-from mempar.runtime.placement import place
 from mempar.tools.verify import differences, examine
 from rank_pool import RankPool
+from shares import boxes_foreseen, boxes_written
 from toy import Session, toy_run
 from toy_checkpoints import load_into, save_checkpoint
 
@@ -83,36 +79,6 @@ def pass_on(pool: RankPool, root: Path, model: dict[str, Any], layouts: list[tup
         assert all(name.startswith("optimizer.") for name in first.tensors.keys() ^ found.tensors.keys())
         assert examine(found, lambda count: None).damages == []
         assert boxes_written(found) == boxes_foreseen(found, world_size), sizes
-
-
-def boxes_written(manifest: Manifest) -> dict[str, set[Box | str]]:
-    """The pieces of a checkpoint by the files that hold them, but for headers and descriptions."""
-    found: dict[str, set[Box | str]] = {}
-    for path, piece in manifest.pieces():
-        if piece.box is not None or piece.key:
-            assert found.setdefault(path, set()).isdisjoint({piece.box or piece.key})
-            found[path].add(piece.box or piece.key)
-    return found
-
-
-def boxes_foreseen(manifest: Manifest, world_size: int) -> dict[str, set[Box | str]]:
-    """The same by arithmetic alone, from names and shapes."""
-    run = read_config(manifest)
-    placement = place(run, world_size)
-    found: dict[str, set[Box | str]] = {}
-    for name, record in manifest.tensors.items():
-        if table_of(name, run):
-            for share, rows in table_shares(name, record, run, placement).values():
-                found.setdefault(shard_file.path_of(share), set()).update(row_blocks(share, rows))
-            continue
-        for rank, shares in dense_shares(name, record, run, placement.grid).items():
-            for share in shares:
-                rows = torch_dist.rows_of(share, getattr(torch, share.dtype).itemsize, run.checkpoint.block_bytes)
-                found.setdefault(torch_dist.path_of(rank), set()).update(row_blocks(share, rows))
-    for _, piece in manifest.pieces():
-        if piece.key:
-            found[torch_dist.path_of(object_rank(piece.key, run, placement.grid))].add(piece.key)
-    return found
 
 
 @pytest.mark.parametrize("name", MODELS)

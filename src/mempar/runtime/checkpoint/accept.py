@@ -37,7 +37,7 @@ def open_checkpoint(checkpoint: Path, run: RunConfig) -> Manifest:
         CheckpointError: when it is missing, damaged, of another format or of another model.
     """
     manifest = read_manifest(checkpoint)
-    check_config(checkpoint, read_config(manifest), run)
+    check_config(checkpoint, read_config(manifest), run, weights_only=manifest.weights_only)
     return manifest
 
 
@@ -75,8 +75,14 @@ def read_config(manifest: Manifest) -> RunConfig:
         raise CheckpointError(f"{path} is not of this version of mempar: {error}") from None
 
 
-def check_config(checkpoint: Path, saved: RunConfig, run: RunConfig) -> None:
+def check_config(checkpoint: Path, saved: RunConfig, run: RunConfig, *, weights_only: bool = False) -> None:
     """Check that a run has the tensors that a checkpoint holds.
+
+    Args:
+        checkpoint: where it is.
+        saved: the run that wrote it.
+        run: the run that would go on from it.
+        weights_only: whether it has no state of an optimizer, so that the run may have any.
 
     Raises:
         CheckpointError: naming what differs.
@@ -93,6 +99,8 @@ def check_config(checkpoint: Path, saved: RunConfig, run: RunConfig) -> None:
             "states are kept in other precisions; set it as it was."
         )
     before, now = _table_state(saved), _table_state(run)
+    if weights_only:
+        before = {key: value for key, value in before.items() if key.endswith(".dtype")}
     # A setting that only one of them has hangs on another one that differs.
     shared = [key for key in now if key in before]
     differing = [f"{key} is {before[key]} there and {now[key]} here" for key in shared if before[key] != now[key]]

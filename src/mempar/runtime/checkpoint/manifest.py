@@ -116,6 +116,11 @@ class Manifest:
         return self.progress["step"]
 
     @property
+    def weights_only(self) -> bool:
+        """Whether it has no optimizer's state: a run that goes on from it begins with a new one."""
+        return all(record.kind == WEIGHTS for record in self.tensors.values())
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all files but the manifest."""
         return sum(record.num_bytes for record in self.files.values())

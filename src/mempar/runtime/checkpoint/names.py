@@ -9,6 +9,7 @@ from collections.abc import Container, Mapping
 
 _STATE = "optimizer.state."
 _MASTERS = (f"{_STATE}param.", f"{_STATE}fp32_param.")
+_TABLE_MASTER = ".master"
 
 
 def canonical(name: str) -> str:
@@ -29,6 +30,11 @@ def parameter_of(name: str) -> str:
 def parameter_of_master(name: str) -> str | None:
     """The parameter of which a tensor is the copy that is stepped; None for other tensors."""
     return next((name.removeprefix(prefix) for prefix in _MASTERS if name.startswith(prefix)), None)
+
+
+def weights_of_master(name: str) -> str | None:
+    """The weights of which a tensor is the copy that is stepped, dense or a table's; None for other tensors."""
+    return name.removesuffix(_TABLE_MASTER) if name.endswith(_TABLE_MASTER) else parameter_of_master(name)
 
 
 def stored_name(wanted: str, stored: Container[str]) -> str:

@@ -78,7 +78,7 @@ def convert(
         workers=count,
         max_memory=limit,
     )
-    _show(conversion)
+    say(_table(conversion))
     if dry_run:
         return
     conversion.run(resume=resume)
@@ -103,8 +103,11 @@ def _plan(source: Source, assignments: list[str], form: str, memory_bytes: int) 
     return ToMempar(source, run, world).plan(memory_bytes), f"{world}\n{to_yaml(run)}"
 
 
-def _show(conversion: Conversion) -> None:
+def _table(conversion: Conversion) -> str:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in conversion.summary():
         table.add_row(name, text)
-    Console().print(table)
+    console = Console()
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
