@@ -136,7 +136,7 @@ def test_float64_run_equals_single_process_in_layouts_drawn_at_random(pool: Rank
     def soak(seed: int) -> None:
         failed_before = bool(rows) and "failure" in rows[-1]
         if time.monotonic() > end and not failed_before:
-            raise _TimeIsUp
+            raise TimeIsUp
         world, run = drawn_run(seed)
         row: dict[str, Any] = {
             "seed": seed,
@@ -163,7 +163,7 @@ def test_float64_run_equals_single_process_in_layouts_drawn_at_random(pool: Rank
 
     try:
         soak()
-    except _TimeIsUp:
+    except TimeIsUp:
         pass
     finally:
         worst = {name: max((row[name] for row in rows if name in row), default=0.0) for name in ("loss", "norms")}
@@ -173,7 +173,7 @@ def test_float64_run_equals_single_process_in_layouts_drawn_at_random(pool: Rank
         note_figure(f"layout law, float64, drawn at random: {name}", deviation)
 
 
-class _TimeIsUp(BaseException):
+class TimeIsUp(BaseException):
     """Ends the drawing; hypothesis lets through what is not an Exception."""
 
 
