@@ -38,7 +38,7 @@ def _times(left: int, right: int) -> int:
 # Parts but the last have one length.
 @lru_cache(maxsize=64)
 def _shift(num_bytes: int) -> int:
-    """x to the power of the number of bits."""
+    """The polynomial x to the power of the number of bits."""
     power, square, bits = _ONE, _X, 8 * num_bytes
     while bits:
         if bits & 1:

@@ -98,8 +98,8 @@ def read_description(root: Path) -> Description:
         whole = json.loads(path.read_bytes())
         if whole["format"] != FORMAT:
             raise CheckpointError(
-                f"{path} has the format {whole['format']!r}, this version of mempar reads {FORMAT}; use the mempar that "
-                "wrote it."
+                f"{path} has the format {whole['format']!r}, this version of mempar reads {FORMAT}; use the mempar "
+                "that wrote it."
             )
         body = whole["description"]
         if checksum(_text(body)) != whole["checksum"]:
@@ -107,8 +107,8 @@ def read_description(root: Path) -> Description:
         return _decode(root, body)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{root} holds no {DESCRIPTION}: a universal checkpoint alone does not say what model it is; only those are "
-            f"read that `mempar convert` began; copy the folder {OWN} from the one that the DeepSpeed run began with."
+            f"{root} holds no {DESCRIPTION}: a universal checkpoint alone does not say what model it is; only those "
+            f"are read that `mempar convert` began; copy the folder {OWN} from the one that DeepSpeed's run began with."
         ) from None
     except OSError as error:
         raise _damaged(path, f"it cannot be read ({error.strerror})") from None
@@ -150,7 +150,11 @@ def _blocks(cuts: list[int], crcs: list[int]) -> Blocks:
 
 def _read_config(root: Path, wanted: str) -> RunConfig:
     path = root / CONFIG
-    if checksum(path.read_bytes()) != wanted:
+    try:
+        found = checksum(path.read_bytes())
+    except OSError as error:
+        raise _damaged(path, f"it cannot be read ({error.strerror})") from None
+    if found != wanted:
         raise _damaged(path, "its checksum is not that of what was written")
     try:
         return load_yaml(path)

@@ -6,6 +6,7 @@ something of it is read first.
 """
 
 import bisect
+import io
 import json
 import threading
 import zlib
@@ -67,14 +68,11 @@ class _File:
         start, stop = self.blocks.cuts[index : index + 2]
         numbers = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
         data = as_bytes(numbers)
-        try:
-            with self.stored.path.open("rb", buffering=0) as file:
-                file.seek(self.stored.start + start * self.row_bytes)
-                done = 0
-                while done < len(data) and (count := file.readinto(data[done:])):
-                    done += count
-        except OSError as error:
-            raise damaged(self.stored.path, f"it cannot be read ({error.strerror})") from None
+        with _opened(self.stored.path) as file:
+            file.seek(self.stored.start + start * self.row_bytes)
+            done = 0
+            while done < len(data) and (count := file.readinto(data[done:])):
+                done += count
         if done < len(data) or (self.blocks.crcs and zlib.crc32(data) != self.blocks.crcs[index]):
             raise damaged(self.stored.path, f"the checksum of rows {start} to {stop} is not that of what was written")
         return numbers
@@ -84,13 +82,22 @@ class _File:
         if self.checked:
             return
         left, crc = self.stored.record_bytes, 0
-        with self.stored.path.open("rb", buffering=0) as file:
+        with _opened(self.stored.path) as file:
             file.seek(self.stored.start)
             while left and (data := file.read(min(left, _CHUNK_BYTES))):
                 crc, left = zlib.crc32(data, crc), left - len(data)
         if left or crc != self.stored.crc:
             raise damaged(self.stored.path, "its checksum is not that of what was written")
         self.checked = True
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[io.FileIO]:
+    try:
+        with path.open("rb", buffering=0) as file:
+            yield file
+    except OSError as error:
+        raise damaged(path, f"it cannot be read ({error.strerror})") from None
 
 
 class DeepSpeedSource:
@@ -238,7 +245,8 @@ def _folder(root: Path) -> Path:
             name = file.read(_LONGEST_NAME + 1).decode().strip()
     except (OSError, UnicodeDecodeError):
         name = ""
-    if not name.isprintable() or name in ("", ".", "..") or PurePosixPath(name).name != name:
+    plain = name.isprintable() and len(name) <= _LONGEST_NAME and PurePosixPath(name).name == name
+    if not plain or name in ("", ".", ".."):
         raise damaged(latest, "it does not name a folder beside it")
     return root / name
 

@@ -79,8 +79,8 @@ def place_of(name: str, tensors: Mapping[str, TensorRecord]) -> Place:
         return Place(path=f"{OWN}/{name}.pt", dtype=record.dtype)
     if record.dtype not in _NARROW:
         raise CheckpointError(
-            f"{name} is of {record.dtype}; universal checkpoints hold {WIDE}, which would round it; cast the checkpoint "
-            f"on the way, with --dtype float32."
+            f"{name} is of {record.dtype}; universal checkpoints hold {WIDE}, which would round it; cast the "
+            "weights on the way, with --weights-only --dtype float32."
         )
     if tensors[parameter].shape != record.shape:
         raise CheckpointError(

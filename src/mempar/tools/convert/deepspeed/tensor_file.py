@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _rebuild_tensor_v2
 
 from mempar.errors import CheckpointError
 
@@ -71,7 +72,7 @@ class _Pickler(pickle.Pickler):
         strides = tuple(prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
         # Its arguments: numbers, where they begin, shape, strides, whether a gradient is wanted, hooks.
         arguments = (_Numbers, 0, self.shape, strides, False, OrderedDict())
-        return torch._utils._rebuild_tensor_v2, arguments
+        return _rebuild_tensor_v2, arguments
 
 
 @dataclass(frozen=True, kw_only=True)
