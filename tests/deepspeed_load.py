@@ -5,8 +5,10 @@
 A process of its own: deepspeed changes torch as it is imported, and its engine wants a process group.
 """
 
+import contextlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mempar.runtime.checkpoint.boxes import Box
 from mempar.runtime.checkpoint.manifest import WEIGHTS
 from mempar.runtime.checkpoint.names import stored_name
 from mempar.tools.convert.checkpoint_source import CheckpointSource
+from mempar.tools.convert.deepspeed import DeepSpeedSource
+from universal_cases import whole
 
 LR, BETAS, EPS, DECAY = 1e-2, (0.9, 0.95), 1e-8, 0.1
 
@@ -30,14 +33,7 @@ class Truth:
         self.parameters = {name: record for name, record in self.source.tensors.items() if record.kind == WEIGHTS}
 
     def tensor(self, name: str) -> Tensor | None:
-        record = self.source.tensors.get(name)
-        if record is None:
-            return None
-        found = torch.empty(record.shape, dtype=getattr(torch, record.dtype))
-        whole = (0,) * len(record.shape)
-        box = Box(name=name, dtype=record.dtype, shape=record.shape, offset=whole, sizes=record.shape)
-        self.source.read(box, found)
-        return found
+        return whole(self.source, name) if name in self.source.tensors else None
 
     def state(self, parameter: str, state: str) -> Tensor | None:
         """In float32: `fp32`, which is the copy that is stepped, `exp_avg` or `exp_avg_sq`."""
@@ -76,7 +72,7 @@ def same(left: Tensor | None, right: Tensor | None) -> bool:
 
 
 def engine(truth: Truth, root: Path, *, stage: int, bf16: bool) -> list[str]:
-    """Load into an engine, compare everything, and step once as torch's AdamW would."""
+    """Load into an engine and compare everything; in float32 also step once, as torch's AdamW would, and come back."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -114,7 +110,7 @@ def engine(truth: Truth, root: Path, *, stage: int, bf16: bool) -> list[str]:
                 differing.append(f"{name} {state}")
     if loaded.global_steps != truth.source.progress["step"]:
         differing.append("step")
-    return [*differing, *([] if bf16 or stage > 1 else step_once(truth, loaded, named))]
+    return differing if bf16 else [*differing, *step_once(truth, loaded, named), *come_back(root, loaded, named)]
 
 
 def step_once(truth: Truth, loaded: Any, named: dict[str, nn.Parameter]) -> list[str]:
@@ -141,6 +137,36 @@ def step_once(truth: Truth, loaded: Any, named: dict[str, nn.Parameter]) -> list
     return differing
 
 
+def come_back(root: Path, loaded: Any, named: dict[str, nn.Parameter]) -> list[str]:
+    """Save as DeepSpeed does, make that universal with its converter, and read it with the folder of ours."""
+    from deepspeed.checkpoint import ds_to_universal
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    first, after = root / (root / "latest_universal").read_text(), Path("after").absolute()
+    info = torch.load(first / "mp_rank_00_model_states.pt", weights_only=True)["universal_checkpoint_info"]
+    loaded.module.universal_checkpoint_info = info
+    loaded.save_checkpoint(str(after), tag="saved")
+    folders = ["--input_folder", str(after / "saved"), "--output_folder", str(after / "universal")]
+    sys.argv = ["ds_to_universal", *folders, "--num_extract_workers", "1", "--num_merge_workers", "1"]
+    with contextlib.redirect_stdout(sys.stderr):
+        ds_to_universal.main(ds_to_universal.parse_arguments())
+    shutil.copytree(first / "mempar", after / "universal" / "mempar")
+    source = DeepSpeedSource(after)
+    differing = [] if source.progress["applied_steps"] == 3 else [f"after {source.progress}"]
+    for name, param in named.items():
+        found = {"fp32": name} | {
+            state: f"{name}.{state}" if f"{name}.{state}" in source.tensors else f"optimizer.state.{state}.{name}"
+            for state in ("exp_avg", "exp_avg_sq")
+        }
+        for state, tensor in found.items():
+            expected = (
+                safe_get_full_optimizer_state(param, state) if state != "fp32" else safe_get_full_fp32_param(param)
+            )
+            if not same(whole(source, tensor), expected):
+                differing.append(f"{tensor} after coming back")
+    return differing
+
+
 def shares(truth: Truth, root: Path, *, tp: int, ep: int) -> list[str]:
     """Load each tensor-parallel rank's share of every state with DeepSpeed's function, and compare it with ours."""
     from deepspeed.checkpoint.universal_checkpoint import load_hp_checkpoint_state
@@ -151,14 +177,14 @@ def shares(truth: Truth, root: Path, *, tp: int, ep: int) -> list[str]:
     for name in truth.parameters:
         for tp_rank, ep_rank in ((tp_rank, ep_rank) for tp_rank in range(tp) for ep_rank in range(ep)):
             expected = {
-                state: share_of(name, whole, tp, tp_rank, ep, ep_rank)
+                state: share_of(name, all_of_it, tp, tp_rank, ep, ep_rank)
                 for state in ("fp32", "exp_avg", "exp_avg_sq")
-                if (whole := truth.state(name, state)) is not None
+                if (all_of_it := truth.state(name, state)) is not None
             }
             param = nn.Parameter(torch.zeros_like(expected["fp32"]))
             flat = torch.full((param.numel(),), float("nan"))
-            whole_share = fragment_address(numel=param.numel(), start=0)
-            param._hp_mapping = tensor_fragment(param, whole_share, flat, whole_share, {}, {}, False, 0)
+            all_numbers = fragment_address(numel=param.numel(), start=0)
+            param._hp_mapping = tensor_fragment(param, all_numbers, flat, all_numbers, {}, {}, False, 0)
             step = load_hp_checkpoint_state(
                 param, str(folder / "zero" / name), tp_rank, tp, ep_rank=ep_rank, ep_size=ep
             )
@@ -169,19 +195,19 @@ def shares(truth: Truth, root: Path, *, tp: int, ep: int) -> list[str]:
     return differing
 
 
-def share_of(name: str, whole: Tensor, tp: int, tp_rank: int, ep: int, ep_rank: int) -> Tensor:
+def share_of(name: str, tensor: Tensor, tp: int, tp_rank: int, ep: int, ep_rank: int) -> Tensor:
     """A rank's share, as megatron cuts parameters."""
     dim, halves = 0, 1
     if ".experts." in name:
-        whole = whole.chunk(ep, 0)[ep_rank]
+        tensor = tensor.chunk(ep, 0)[ep_rank]
         dim = 1
     if name.endswith((".linear_proj.weight", ".linear_fc2.weight")):
         dim += 1
     elif name.endswith(".linear_fc1.weight"):
         halves = 2
     elif not name.endswith(("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight")):
-        return whole
-    return torch.cat([half.chunk(tp, dim)[tp_rank] for half in whole.chunk(halves, dim)], dim)
+        return tensor
+    return torch.cat([half.chunk(tp, dim)[tp_rank] for half in tensor.chunk(halves, dim)], dim)
 
 
 CASES = {

@@ -51,7 +51,7 @@ def universal(saved: Path, tmp_path: Path) -> Path:
 
 def test_deepspeed_reads_weights_and_moments_bit_for_bit(saved: Path, tmp_path: Path) -> None:
     wanted = [
-        # Engines with float32 and with bf16 weights; the first takes a step with torch's AdamW.
+        # Engines with float32 and with bf16 weights; the first takes a step as torch's AdamW would, and comes back.
         ("stage1", "plain"),
         ("stage2-bf16", "two-row_adagrad"),
         ("stage3-bf16", "bf16"),
