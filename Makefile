@@ -36,9 +36,10 @@ $(BIN)/python:
 	  exit 1; } >&2
 	$(PYTHON) -m venv $(VENV)
 
-# The build backend is installed first, so that it is pinned too and the later builds need no network.
+# Build backends are installed first, so that they are pinned too and the later builds need no network; setuptools is
+# deepspeed's, which is served as source alone.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python $(PIP_INSTALL) hatchling editables
+	$(BIN)/python $(PIP_INSTALL) hatchling editables setuptools
 	$(BIN)/python $(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
