@@ -99,7 +99,7 @@ def convert(
     ] = "",
     max_memory: Annotated[str, typer.Option(help="That all workers together may take.")] = "4GiB",
     workers: Annotated[
-        int | None, typer.Option(help="Jobs at a time; one a core by default.", show_default=False)
+        int | None, typer.Option(help="Jobs at a time; two a core by default.", show_default=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a conversion that was interrupted.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,

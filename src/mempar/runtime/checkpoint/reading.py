@@ -1,8 +1,10 @@
 """Reading parts of logical tensors from a checkpoint of any layout, every piece checked before it is used."""
 
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import torch
@@ -23,6 +25,27 @@ _LARGEST_OBJECT_BYTES = 1 << 28
 _TORCH_SAVE_BYTES = 1 << 14
 
 
+class Buffer:
+    """Memory for one tensor after another: what is given back after every piece, allocators keep some of."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor that is not filled, good until the next one."""
+        num_bytes = prod(sizes) * dtype.itemsize
+        if len(self._bytes) < num_bytes:
+            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._bytes[:num_bytes].view(dtype).view(sizes)
+
+
+class _OwnBuffer(threading.local):
+    """A buffer of each thread's own."""
+
+    def __init__(self) -> None:
+        self.buffer = Buffer()
+
+
 class Reader:
     """Reads from one checkpoint; only pieces that overlap what is asked for, and those whole."""
 
@@ -30,6 +53,7 @@ class Reader:
         self.manifest = manifest
         self.bytes_read = 0
         self._checked: set[str] = set()
+        self._own = _OwnBuffer()
 
     def read(self, box: Box, target: Tensor) -> None:
         """Fill a tensor with a part of a logical tensor.
@@ -62,26 +86,34 @@ class Reader:
                 self._check_size(path, piece)
                 self._read_bytes(path, piece, shard_file.as_bytes(view))
             else:
-                view.copy_(self.read_piece(path, piece)[theirs])
+                view.copy_(self.read_piece(path, piece, self._own.buffer)[theirs])
             missing -= view.numel()
         if missing:
             raise damaged(self.manifest.root, f"{missing} elements of {name} are in none of its files")
 
-    def read_piece(self, path: str, piece: Piece) -> Tensor:
+    def read_piece(self, path: str, piece: Piece, buffer: Buffer | None = None) -> Tensor:
         """Read one piece of a tensor, whole.
+
+        Args:
+            path: of its file.
+            piece: what to read.
+            buffer: where a shard's numbers may lie until it is used again.
 
         Raises:
             CheckpointError: when it is damaged.
         """
         assert piece.box is not None
         self._check_size(path, piece)
-        data = bytearray(piece.num_bytes)
-        self._read_bytes(path, piece, memoryview(data))
         try:
             if path.endswith(shard_file.SUFFIX):
-                tensor = torch.frombuffer(data, dtype=shard_file.dtype_of(piece.box)).view(piece.box.sizes)
+                tensor = (buffer or Buffer()).empty(piece.box.sizes, shard_file.dtype_of(piece.box))
+                self._read_bytes(path, piece, shard_file.as_bytes(tensor)[: piece.num_bytes])
             else:
+                data = bytearray(piece.num_bytes)
+                self._read_bytes(path, piece, memoryview(data))
                 tensor = torch_dist.load_piece(data)
+        except CheckpointError:
+            raise
         except Exception as error:
             raise damaged(self._path(path), f"{_place(piece)} cannot be read ({type(error).__name__})") from None
         if tensor.shape != piece.box.sizes or str(tensor.dtype) != f"torch.{piece.box.dtype}":

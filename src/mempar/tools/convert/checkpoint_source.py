@@ -2,11 +2,9 @@
 
 import bisect
 import io
-import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from mempar.runtime.checkpoint.accept import read_config
 from mempar.runtime.checkpoint.boxes import Box, whole_box
 from mempar.runtime.checkpoint.manifest import MANIFEST, Piece, TensorRecord, checksum, damaged, read_manifest
 from mempar.runtime.checkpoint.reading import Reader
+from mempar.runtime.checkpoint.shard_file import SUFFIX
 from mempar.tools.convert.source import MegatronState, RowStream
 
 _COMMON = f"{torch_dist.DIRECTORY}/common.pt"
@@ -69,13 +68,9 @@ class CheckpointSource:
 
     def memory_bytes(self, name: str) -> int:
         """See `Source`."""
-        cuts = self.cuts(name)
-        record = self.tensors[name]
-        row_bytes = prod(record.shape[1:]) * getattr(torch, record.dtype).itemsize
-        rows = max((stop - start for start, stop in itertools.pairwise(cuts)), default=0)
-        pieces = max((piece.num_bytes for _, piece in self.manifest.pieces_of(name)), default=0)
-        # What is pickled is there twice while it is read.
-        return rows * row_bytes + 2 * pieces
+        pieces = self.manifest.pieces_of(name)
+        # What torch.save wrote is there as it was read, as torch's loader sees it and as a tensor.
+        return max((piece.num_bytes * (1 if path.endswith(SUFFIX) else 3) for path, piece in pieces), default=0)
 
     def megatron(self) -> MegatronState:
         """See `Source`; nothing is unpickled but numbers, texts and tensors."""

@@ -48,7 +48,7 @@ def convert(
         weights_only: leave the state of optimizers out.
         dtype: to cast weights to; empty leaves them as they are.
         max_memory: that jobs may take together, e.g. `4GiB`.
-        workers: jobs at a time; None takes one a core.
+        workers: jobs at a time; None takes two a core, as far as memory reaches.
         resume: go on with a conversion that was begun.
         dry_run: show the plan and stop.
         say: prints a line.
@@ -66,7 +66,8 @@ def convert(
         )
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers} does nothing; at least one does; raise it.")
-    count, limit = workers or len(os.sched_getaffinity(0)), parse_size(max_memory)
+    # While some wait for the disk, others turn rows round.
+    count, limit = workers or 2 * len(os.sched_getaffinity(0)), parse_size(max_memory)
     tensors: Source = CheckpointSource(source)
     if weights_only:
         tensors = Weights(tensors, dtype)

@@ -81,7 +81,10 @@ class Source(Protocol):
         ...
 
     def memory_bytes(self, name: str) -> int:
-        """Bytes that `read` and `stream` of this tensor take at their peak, beside the target."""
+        """Bytes that reading rows of this tensor between cuts takes at its peak, beside the target.
+
+        A stream whose steps do not end at cuts keeps the rows between two of them as well.
+        """
         ...
 
     def megatron(self) -> MegatronState | None:

@@ -43,8 +43,8 @@ from mempar.tools.convert.plan import Advance, Job, Plan
 from mempar.tools.convert.source import Source
 
 # Of a job: little enough to be done again after a crash, much enough that jobs cost nothing.
-_JOB_BYTES = 256 << 20
-# Copies of a band that there are at a time: the band, what is serialised of it, a share of it in order.
+_JOB_BYTES = 512 << 20
+# Copies of a band of a dense tensor that there are at a time: the band, a part of it in order, what is serialised.
 _COPIES = 3
 # Headers, small files and what a file system keeps for itself, in bytes a file.
 _SPARE_BYTES = 4096
@@ -153,11 +153,7 @@ class ToMempar:
 
     def _job(self, key: str, spans: list[_Span], band_rows: int = 0) -> Job:
         num_bytes = sum(span.num_bytes for span in spans)
-        peak = max(
-            _COPIES * (band_rows or span.last - span.first) * span.row_bytes
-            + self.source.memory_bytes(self.names[span.name])
-            for span in spans
-        )
+        peak = max(self._peak(span, band_rows) for span in spans)
         files = len({rank for span in spans for rank, _, _ in span.shares})
 
         def run(directory: Path, advance: Advance) -> Any:
@@ -172,6 +168,19 @@ class ToMempar:
             memory_bytes=peak,
             run=run,
         )
+
+    def _peak(self, span: _Span, band_rows: int) -> int:
+        """Bytes of memory that a band takes: itself, what is copied of it on the way out, what the source keeps."""
+        name = self.names[span.name]
+        reading = self.source.memory_bytes(name)
+        if not band_rows:
+            return _COPIES * span.num_bytes + reading
+        cuts = self.source.cuts(name)
+        if not set(range(span.first, span.last, band_rows)) <= set(cuts):
+            reading += max(stop - start for start, stop in itertools.pairwise(cuts)) * span.row_bytes
+        widths = (share.sizes[1] if len(share.sizes) > 1 else 0 for _, share, _ in span.shares)
+        copied = max((width for width in widths if width < prod(span.record.shape[1:])), default=0)
+        return band_rows * (span.row_bytes + copied * getattr(torch, span.record.dtype).itemsize) + reading
 
     def _prepare(self, directory: Path) -> None:
         """Make the files of tables, in their length: what has no block yet takes no room."""
