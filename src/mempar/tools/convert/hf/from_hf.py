@@ -117,7 +117,8 @@ class HfSource:
 
     def _find_dense(self, files: ModelFiles) -> None:
         embedding = files.dense.get(HF_EMBEDDING)
-        rows = embedding.entry.shape[0] if embedding is not None and embedding.entry.shape else 0
+        shape = () if embedding is None else embedding.entry.shape
+        rows = shape[0] if shape else self.run.model.padded_vocab(0)
         tensors = dense_tensors(self.run, rows)
         wanted = {tensor.name: tensor for tensor in tensors}
         _check_shapes(self.root, files, wanted, tied=self.run.model.tie_embeddings)
