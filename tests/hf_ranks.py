@@ -80,7 +80,7 @@ def carry_out(plan: Plan, directory: Path) -> None:
     plan.prepare(directory)
     done = []
     results = {job.key: job.run(directory, done.append) for job in reversed(plan.jobs)}
-    assert sum(done) == sum(job.bytes_read for job in plan.jobs)
+    assert sum(done) == sum(job.bytes_written for job in plan.jobs)
     for job in plan.jobs:
         assert (directory / job.key).stat().st_size == job.bytes_written
     plan.finish(directory, results)

@@ -219,24 +219,31 @@ def test_half_precision_comes_back_as_float32(export: Callable[..., Exported], t
     assert (back.run.train.dtype, back.run.memory.dtype) == ("bf16", "float32")
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
 def as_snapshot(root: Path, cache: Path) -> Path:
     """Lay an export out as the hub's cache does: links into a folder of blobs."""
-    snapshot = cache / "models--one--model" / "snapshots" / "0123abcd"
+    snapshot = cache / "models--one--model" / "snapshots" / COMMIT
     (snapshot.parents[1] / "blobs").mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for number, path in enumerate(sorted(root.iterdir())):
         blob = snapshot.parents[1] / "blobs" / f"{number:040x}"
         os.link(path, blob)
         (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(COMMIT)
     return snapshot
 
 
 def test_snapshots_of_a_hub_load_and_come_back(export: Callable[..., Exported], tmp_path: Path) -> None:
     exported = export("memory_plus")
     snapshot = as_snapshot(exported.root, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(snapshot, trust_remote_code=True)
-    with torch.no_grad():
-        assert deviation(model(exported.tokens).logits, exported.logits) < 1e-4
+    cached = {"cache_dir": tmp_path, "local_files_only": True}
+    for place, where in ((snapshot, {}), ("one/model", cached), ("one/model", {**cached, "revision": COMMIT})):
+        model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True, **where)
+        with torch.no_grad():
+            assert deviation(model(exported.tokens).logits, exported.logits) < 1e-4
     assert HfSource(snapshot).tensors == HfSource(exported.root).tensors
 
 
@@ -358,6 +365,17 @@ def test_memory_of_a_job_is_bounded(export: Callable[..., Exported]) -> None:
     longest = max(source.memory_bytes(name) for name in source.tensors)
     assert max(job.memory_bytes for job in plan.jobs) <= (1 << 12) + longest
     assert len({job.key for job in plan.jobs}) == len(plan.jobs)
+
+
+def test_job_that_is_done_again_makes_the_same_file(export: Callable[..., Exported], tmp_path: Path) -> None:
+    plan = plan_hf(CheckpointSource(export("memory_plus").saved), memory_bytes=1 << 14)
+    for job in plan.jobs:
+        (tmp_path / job.key).write_bytes(b"\x7f" * (job.bytes_written + 5))
+        first = job.run(tmp_path, lambda num_bytes: None)
+        content = (tmp_path / job.key).read_bytes()
+        (tmp_path / job.key).write_bytes(content[:100])
+        assert job.run(tmp_path, lambda num_bytes: None) == first
+        assert (tmp_path / job.key).read_bytes() == content and len(content) == job.bytes_written
 
 
 def test_modeling_file_is_the_one_that_is_copied(export: Callable[..., Exported]) -> None:

@@ -78,7 +78,7 @@ class HfSource:
         self._pieces: dict[str, list[_Piece]] = {}
         self.run = _with_dtypes(self.run, _TRAINED[dtype], self._find_tables(files))
         self._find_dense(files)
-        self.has_digests = files.digests is not None
+        self.has_digests = files.digests is not None and self._pieces.keys() <= files.digests.keys()
         self.tensors: Mapping[str, TensorRecord] = {
             name: TensorRecord(
                 dtype=pieces[0].box.dtype,

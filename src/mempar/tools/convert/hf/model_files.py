@@ -136,7 +136,7 @@ def model_card(run: RunConfig, num_params: int, tokenizer: TokenizerFiles) -> by
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"model = AutoModelForCausalLM.from_pretrained(path{trust})",
-        *([] if tokenizer.note else ["tokenizer = AutoTokenizer.from_pretrained(path)"]),
+        *([] if tokenizer.note else [f"tokenizer = AutoTokenizer.from_pretrained(path{trust})"]),
         "```",
         "",
     ]

@@ -53,6 +53,9 @@ def plan_hf(source: Source, *, memory_bytes: int, max_shard_bytes: int = MAX_SHA
     shards = _Shards(source, checksum(f"{source.identity} {max_shard_bytes}".encode()), memory_bytes)
     jobs = shards.dense_jobs(dense, max_shard_bytes) + shards.table_jobs(max_shard_bytes)
     text = tokenizer_files(tokenizer or source.run.data.tokenizer, source.run.train.seq_length)
+    if text.eod is not None and text.eod >= source.tensors[EMBEDDING].shape[0]:
+        # A model that knows no such token never ends a document.
+        text = replace(text, eod=None)
     what = "a Llama of transformers'" if model_files.is_llama(source.run) else "a model of transformers'"
     return Plan(
         what=f"{what} in {len(jobs)} files" + (f". {text.note}" if text.note else ""),
@@ -164,6 +167,7 @@ class _Shards:
     ) -> dict[str, str]:
         digests = dict.fromkeys(groups, 0)
         with writing(directory, layout) as file:
+            advance(len(layout.header))
             for name, parts in groups.items():
                 for chunk in self._chunks(self._whole(name)):
                     numbers = torch.empty(chunk.sizes, dtype=getattr(torch, chunk.dtype))
@@ -180,6 +184,7 @@ class _Shards:
         entry = layout.entries[rows_name(name, first)]
         rows = replace(whole, offset=(first, 0), sizes=(last - first, whole.shape[1]))
         with writing(directory, layout) as file, self.source.stream(name, first, last) as stream:
+            advance(len(layout.header))
             for chunk in self._chunks(rows):
                 numbers = torch.empty(chunk.sizes, dtype=getattr(torch, chunk.dtype))
                 stream.read(numbers)
