@@ -46,6 +46,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def modules_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let transformers keep the code of models in a place of its own, and ask the hub for nothing."""
+    from transformers import dynamic_module_utils
+    from transformers.utils import hub
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(hub, "is_offline_mode", lambda: True)
+        yield
+
+
 @pytest.fixture(scope="session")
 def note_figure(pytestconfig: pytest.Config) -> Callable[[str, float], None]:
     """Note a number; the largest of each name is printed at the end of the session."""

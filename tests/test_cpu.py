@@ -23,6 +23,20 @@ def test_cuda_entry_points_mean_the_cpu() -> None:
     torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
 
 
+def test_tensors_are_made_where_a_context_says() -> None:
+    # Models are made without memory like this, by transformers too.
+    with torch.device("meta"):
+        made = [
+            torch.empty(2),
+            torch.zeros(2),
+            torch.ones(2),
+            torch.full((2,), 1.0),
+            torch.arange(2),
+            torch.tensor([1]),
+        ]
+    assert {tensor.device.type for tensor in made} == {"meta"}
+
+
 def test_cure_is_a_no_op_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = torch.Tensor.type

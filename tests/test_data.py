@@ -15,7 +15,8 @@ from mempar.errors import ConfigError
 from mempar.runtime.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from mempar.runtime.data.samples import Batch, Samples, context_share, micro_batches
 from mempar.runtime.data.tokenizer import BYTE_VOCAB, vocab_size
-from mempar.runtime.logical import LogicalParameter, initial_value, logical_parameters
+from mempar.runtime.initial import initial_value
+from mempar.runtime.logical import LogicalParameter, logical_parameters
 from mempar.runtime.mcore import IndexedDatasetBuilder, parallel_state
 from mempar.runtime.preflight import check_data
 

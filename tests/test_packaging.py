@@ -110,7 +110,7 @@ def test_version_of_the_package_is_the_installed_one():
 def test_every_dependency_is_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = {re.split(r"[\[<>=~!; ]", line)[0] for line in project["dependencies"]}
-    for extra in ("dev", "data"):
+    for extra in ("dev", "data", "hf"):
         wanted |= {re.split(r"[\[<>=~!; ]", line)[0] for line in project["optional-dependencies"][extra]}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.split("==")[0] for line in lines if "==" in line}

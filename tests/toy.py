@@ -303,7 +303,7 @@ def train(
         seen.parameters = whole_parameters(run, session.model, lambda logical: logical.param)
         for table in session.model.tables:
             values = table.shard.values
-            seen.tables[table.name] = values.to(_readable(values)).cpu().numpy().copy()
+            seen.tables[table.name] = values.to(readable(values)).cpu().numpy().copy()
     seen.digests = digests(session)
     bringup.tear_down(session.world)
     return seen
@@ -330,7 +330,7 @@ class Session:
         return self.stepper.train(batches, full_rates(self.run))
 
 
-def _readable(tensor: Tensor) -> torch.dtype:
+def readable(tensor: Tensor) -> torch.dtype:
     """The dtype in which numpy can hold a tensor."""
     return torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
 
@@ -351,7 +351,7 @@ def digests(session: Session) -> dict[str, str]:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().to(_readable(tensor)).cpu().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.detach().to(readable(tensor)).cpu().numpy().tobytes()).hexdigest()
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("empty", "zeros", "ones", "tensor", "full", "arange", "empty_like", "zeros_like")
@@ -47,6 +48,8 @@ def install(megatron_random: Any) -> bool:
     if torch.cuda.is_available():
         return False
     _point_cuda_at_cpu()
+    # `with torch.device(...)` knows factories by identity, from the first time it is used on: it must know these.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # pyright: ignore[reportAttributeAccessIssue]

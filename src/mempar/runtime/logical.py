@@ -3,10 +3,9 @@
 Megatron names a block by its place in a pipeline stage and holds a tensor-parallel share of it. It
 numbers experts from 0 on each rank. Here a parameter has its global block number, and its global expert
 number, in its name and its whole shape, and a share is cut out of it or shares are joined to it. Initial
-values and comparisons between layouts go through this.
+values (initial.py) and comparisons between layouts go through this.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mempar.memory import layer as memory_layer
 from mempar.runtime import mcore
 
 # Megatron's name of the experts of one rank, which are numbered from 0 on each.
@@ -107,28 +105,3 @@ def own_parameters(chunks: Iterable[Any]) -> Iterator[LogicalParameter]:
             tp_rank=state.get_tensor_model_parallel_rank(),
             ep_rank=state.get_expert_model_parallel_rank(),
         )
-
-
-def initial_value(name: str, shape: tuple[int, ...], *, seed: int, init_std: float, num_layers: int) -> Tensor:
-    """Draw a whole parameter from the run's seed and the parameter's global name.
-
-    Dense weights are normal(0, std), projections back into the residual stream normal(0, std /
-    sqrt(2 L)) as in Megatron's GPT; the memory layer's are its own (facts in memory/layer.py).
-
-    Returns:
-        `shape`, float64.
-    """
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    if ".mlp." in name:
-        # A layer beside the feed-forward network is a part of it, named `memory`.
-        part = name.partition(".mlp.")[2].removeprefix("memory.")
-        value = memory_layer.initial_value(part, shape, generator)
-        if value is not None:
-            return value
-    # TransformerEngine fuses norms into the linear layer that follows: `layer_norm_weight`.
-    if name.endswith(("norm.weight", "norm_weight")):
-        return torch.ones(shape, dtype=torch.float64)
-    residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-    std = init_std / (2 * num_layers) ** 0.5 if residual else init_std
-    return torch.empty(shape, dtype=torch.float64).normal_(0.0, std, generator=generator)

@@ -16,7 +16,8 @@ from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
 from mempar.runtime.experts import expert_module, expert_settings, keep_apart
 from mempar.runtime.in_flight import InFlight
-from mempar.runtime.logical import initial_value, own_parameters
+from mempar.runtime.initial import initial_value
+from mempar.runtime.logical import own_parameters
 from mempar.runtime.memory_mlp import MemoryMLP, MLPWithMemory
 from mempar.runtime.tables import TORCH_DTYPES, HookFactory, Table, TableAccess, make_tables
 

@@ -59,6 +59,19 @@ def load_yaml(path: Path) -> RunConfig:
         raise ConfigError(f"{path}: {where} cannot be read ({_one_line(error)}); write plain values.") from None
     except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as YAML ({_one_line(error)}); mend the file.") from None
+    return from_mapping(given, path)
+
+
+def from_mapping(given: Any, path: Path) -> RunConfig:
+    """Make a run's config of plain values, sections by name and settings by name in them; see `load_yaml`.
+
+    Args:
+        given: the values.
+        path: the file that they come from.
+
+    Raises:
+        ConfigError: when they are no mapping of known settings, or hold an interpolation.
+    """
     if not isinstance(given, dict):
         raise ConfigError(f"{path} holds no settings; a config is a mapping of sections; see `mempar recipes NAME`.")
     _refuse_interpolations(given, "", path)
@@ -99,6 +112,12 @@ def _refuse_interpolations(value: Any, key: str, path: Path) -> None:
 def to_yaml(config: RunConfig) -> str:
     """The whole config as YAML, in the order of its definition."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_mapping(config: RunConfig) -> dict[str, Any]:
+    """The whole config as plain values, for JSON."""
+    plain: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    return plain
 
 
 def known_keys(config: RunConfig) -> list[str]:
