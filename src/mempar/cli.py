@@ -84,13 +84,24 @@ def verify(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoints/step_XXXXXXXX directory.")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="A checkpoints/step_XXXXXXXX directory, a Hugging Face model, or a DeepSpeed universal checkpoint.",
+            show_default=False,
+        ),
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.", show_default=False)],
     assignments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="The layout, e.g. tp=2 mp=8 mp_rows=4; 1 where nothing is said."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="The layout, e.g. tp=2 mp=8 mp_rows=4; 1 where nothing is said. memory.KEY=VALUE adds memory layers "
+            "to a model without any.",
+        ),
     ] = None,
-    form: Annotated[str, typer.Option("--to", help="mempar.")] = "mempar",
+    form: Annotated[str, typer.Option("--to", help="mempar, hf or deepspeed.")] = "mempar",
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Leave the optimizers' state out; training begins anew.")
     ] = False,
@@ -104,9 +115,11 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a conversion that was interrupted.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
 ) -> None:
-    """Turn a checkpoint into what another layout's ranks would have saved, optimizer state included.
+    """Turn a checkpoint into what another layout's ranks would have saved, or into another format and back.
 
-    It needs one machine, no GPU, and no more memory than is given; DST appears when it is whole.
+    The optimizers' state comes along, but to Hugging Face, which has no place for it.
+
+    It takes one machine, no GPU, and no more memory than is given; DST is there when it is whole.
     """
     from mempar.tools.convert import command
 

@@ -9,16 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mempar.errors import ConfigError
-from mempar.runtime.overrides import to_yaml
-from mempar.tools.convert.checkpoint_source import CheckpointSource
+from mempar.runtime.checkpoint.manifest import OPTIMIZER
 from mempar.tools.convert.conversion import Conversion, identity_of
-from mempar.tools.convert.layout import in_layout
-from mempar.tools.convert.plan import Plan
+from mempar.tools.convert.formats import open_source, plan_to
 from mempar.tools.convert.selection import Weights
 from mempar.tools.convert.source import Source
-from mempar.tools.convert.to_mempar import ToMempar
+from mempar.tools.convert.with_memory import WithMemory
 
-FORMATS = ("mempar",)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)")
 _UNITS = {"": 1, "B": 1, **{f"{letter}{i}B": (1024 if i else 1000) ** place
                             for place, letter in enumerate("KMGT", 1) for i in ("i", "")}}  # fmt: skip
@@ -41,10 +38,10 @@ def convert(
     """Convert a checkpoint to another layout or format.
 
     Args:
-        source: the directory of a checkpoint.
+        source: the directory of a checkpoint, of mempar's or another tool's.
         destination: the directory to make.
-        assignments: `KEY=VALUE` of the layout.
-        form: one of `FORMATS`.
+        assignments: `KEY=VALUE` of the layout, and `memory.KEY=VALUE` of memory layers to be added.
+        form: one of `formats.FORMATS`.
         weights_only: leave the state of optimizers out.
         dtype: to cast weights to; empty leaves them as they are.
         max_memory: that jobs may take together, e.g. `4GiB`.
@@ -57,8 +54,6 @@ def convert(
         ConfigError: for bad input, before anything is written.
         CheckpointError: when the source is none, or damaged.
     """
-    if form not in FORMATS:
-        raise ConfigError(f"--to {form} is not known; it is one of {', '.join(FORMATS)}; use one of these.")
     if dtype and not weights_only:
         raise ConfigError(
             f"--dtype {dtype} without --weights-only: the state of optimizers belongs to weights in their precision; "
@@ -68,10 +63,10 @@ def convert(
         raise ConfigError(f"--workers {workers} does nothing; at least one does; raise it.")
     # While some wait for the disk, others turn rows round.
     count, limit = workers or 2 * len(os.sched_getaffinity(0)), parse_size(max_memory)
-    tensors: Source = CheckpointSource(source)
-    if weights_only:
-        tensors = Weights(tensors, dtype)
-    plan, what = _plan(tensors, assignments, form, limit // count)
+    added = [assignment for assignment in assignments if assignment.startswith("memory.")]
+    layout = [assignment for assignment in assignments if assignment not in added]
+    tensors = _tensors(source, added, weights_only=weights_only, dtype=dtype)
+    plan, what = plan_to(form, tensors, layout, limit // count)
     conversion = Conversion(
         plan=plan,
         identity=identity_of(tensors.identity, form, what, *(job.key for job in plan.jobs)),
@@ -98,10 +93,18 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def _plan(source: Source, assignments: list[str], form: str, memory_bytes: int) -> tuple[Plan, str]:
-    """The plan, and a text of everything that decides it beside the source."""
-    run, world = in_layout(source.run, assignments)
-    return ToMempar(source, run, world).plan(memory_bytes), f"{world}\n{to_yaml(run)}"
+def _tensors(root: Path, added: list[str], *, weights_only: bool, dtype: str) -> Source:
+    """The source, what is left of it, and what is added to it."""
+    source = open_source(root)
+    has_state = any(record.kind == OPTIMIZER for record in source.tensors.values())
+    if added and has_state and not weights_only:
+        raise ConfigError(
+            f"{' '.join(added)} adds memory layers to {root}, which holds the state of optimizers; what is added has "
+            "none, so training begins anew; add --weights-only."
+        )
+    if weights_only:
+        source = Weights(source, dtype)
+    return WithMemory(source, added) if added else source
 
 
 def _table(conversion: Conversion) -> str:

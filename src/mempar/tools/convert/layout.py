@@ -1,6 +1,7 @@
 """The parallel layout that a conversion is asked for: `tp=2 pp=4 mp=8 mp_rows=2`."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 from mempar.errors import ConfigError
@@ -16,7 +17,7 @@ def is_layout_key(key: str) -> bool:
     return key in (*_KEYS, "dp")
 
 
-def in_layout(run: RunConfig, assignments: list[str]) -> tuple[RunConfig, int]:
+def in_layout(run: RunConfig, assignments: Sequence[str]) -> tuple[RunConfig, int]:
     """Put a run in another layout.
 
     Args:

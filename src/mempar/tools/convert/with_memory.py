@@ -93,6 +93,9 @@ class WithMemory:
         # It is drawn whole, in float64.
         return 8 * math.prod(self.tensors[name].shape)
 
+    def megatron(self) -> None:
+        """See `Source`; what megatron left is of another model."""
+
     def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if self.run.memory.beside and ".output_proj." in name:
             return torch.zeros(shape)

@@ -8,3 +8,8 @@ tokenizer_files       the tokenizer, as far as there is one that transformers ca
 to_hf, from_hf        the way there, and the way back
 llama_config          the settings of a Llama as those of a run
 """
+
+from mempar.tools.convert.hf.from_hf import HfSource
+from mempar.tools.convert.hf.to_hf import plan_hf
+
+__all__ = ["HfSource", "plan_hf"]

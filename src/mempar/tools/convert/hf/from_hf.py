@@ -115,6 +115,9 @@ class HfSource:
         """See `Source`."""
         return 2 * CHUNK_BYTES
 
+    def megatron(self) -> None:
+        """See `Source`."""
+
     def _find_dense(self, files: ModelFiles) -> None:
         embedding = files.dense.get(HF_EMBEDDING)
         shape = () if embedding is None else embedding.entry.shape
