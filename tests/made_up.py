@@ -61,7 +61,7 @@ class MadeUp:
     def cuts(self, name: str) -> list[int]:
         return [0, self.tensors[name].shape[0]]
 
-    def memory_bytes(self, name: str) -> int:
+    def memory_bytes(self, name: str, *, at_cuts: bool = False) -> int:
         return 0
 
     def megatron(self) -> None:

@@ -188,7 +188,7 @@ def test_what_was_begun_is_only_continued_as_it_was_begun(
         os.pwrite(file, data, start)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mempar.runtime.checkpoint.shard_file.write_at", stop_after_sixty)
+        patch.setattr("mempar.runtime.checkpoint.block_writer.write_at", stop_after_sixty)
         with pytest.raises(ConversionError, match="the disk went away"):
             converted(saved, destination, "mp=4 mp_rows=4")
     with pytest.raises(ConfigError, match=r"journal exists: a conversion to .* was begun and did not end"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mempar.errors import CheckpointError
-from mempar.runtime.checkpoint.shard_file import as_bytes
+from mempar.runtime.checkpoint.block_writer import as_bytes
 from mempar.tools.convert.deepspeed.crc import combined
 from mempar.tools.convert.deepspeed.tensor_file import TensorFile, load_object, open_tensor_file
 

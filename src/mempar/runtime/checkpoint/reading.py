@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mempar.errors import CheckpointError
 from mempar.runtime.checkpoint import shard_file, torch_dist
+from mempar.runtime.checkpoint.block_writer import as_bytes
 from mempar.runtime.checkpoint.boxes import Box
 from mempar.runtime.checkpoint.manifest import Manifest, Piece, check_file, checksum, damaged
 from mempar.runtime.checkpoint.names import stored_name
@@ -84,7 +85,7 @@ class Reader:
             if path.endswith(shard_file.SUFFIX) and view.shape == piece.box.sizes and _is_plain(view):
                 # The numbers are on disk as they are in memory.
                 self._check_size(path, piece)
-                self._read_bytes(path, piece, shard_file.as_bytes(view))
+                self._read_bytes(path, piece, as_bytes(view))
             else:
                 view.copy_(self.read_piece(path, piece, self._own.buffer)[theirs])
             missing -= view.numel()
@@ -107,7 +108,7 @@ class Reader:
         try:
             if path.endswith(shard_file.SUFFIX):
                 tensor = (buffer or Buffer()).empty(piece.box.sizes, shard_file.dtype_of(piece.box))
-                self._read_bytes(path, piece, shard_file.as_bytes(tensor)[: piece.num_bytes])
+                self._read_bytes(path, piece, as_bytes(tensor)[: piece.num_bytes])
             else:
                 data = bytearray(piece.num_bytes)
                 self._read_bytes(path, piece, memoryview(data))

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from mempar.memory.digest import digest_box
+from mempar.runtime.checkpoint.block_writer import ALIGNMENT, as_bytes, write_at
 from mempar.runtime.checkpoint.boxes import Box, row_blocks
 from mempar.runtime.checkpoint.manifest import FileRecord, Piece, checksum
 
 SUFFIX = ".safetensors"
 # safetensors' names of torch's types.
 _TYPE_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "uint8": "U8"}
-# Numbers begin at a multiple of this, so that a mapped file can be used as it is.
-_ALIGNMENT = 64
 
 
 def path_of(box: Box) -> str:
@@ -71,12 +70,11 @@ class ShardFile:
         """The piece that comes before the numbers."""
         return Piece(start=0, num_bytes=len(self.header), checksum=checksum(self.header))
 
-    def write_block(self, file: int, block: Box, part: Tensor) -> tuple[Piece, int]:
-        """Write a block of rows; returns its piece and its digest."""
+    def piece_of(self, block: Box, part: Tensor) -> tuple[Piece, int]:
+        """The piece that a block of rows makes up, and its digest."""
         data = as_bytes(part)
         start = len(self.header) + (block.offset[0] - self.box.offset[0]) * self.row_bytes
         piece = Piece(start=start, num_bytes=len(data), checksum=checksum(data), box=block)
-        write_at(file, data, start)
         return piece, int(digest_box(block.name, part, block.offset, block.shape))
 
 
@@ -108,7 +106,9 @@ def write_shard_file(
         def write_block(block: Box) -> tuple[Piece, int]:
             first = block.offset[0] - box.offset[0]
             part = tensor[first : first + block.sizes[0]].detach().cpu().contiguous()
-            return shard.write_block(file, block, part)
+            piece, digest = shard.piece_of(block, part)
+            write_at(file, as_bytes(part), piece.start)
+            return piece, digest
 
         written = list(each(write_block, row_blocks(box, block_rows)))
     finally:
@@ -117,24 +117,10 @@ def write_shard_file(
     return record, sum(digest for _, digest in written) % 2**64
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, not copied."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy()).cast("B")  # pyright: ignore[reportArgumentType]
-
-
-def write_at(file: int, data: bytes | memoryview, start: int) -> None:
-    """Write all of a buffer at a place in a file."""
-    view = memoryview(data)
-    while len(view):
-        # The kernel writes at most 2 GiB at a time.
-        count = os.pwrite(file, view, start)
-        view, start = view[count:], start + count
-
-
 def _header(box: Box) -> bytes:
     num_bytes = box.num_elements * dtype_of(box).itemsize
     entry = {"dtype": _TYPE_NAMES[box.dtype], "shape": box.sizes, "data_offsets": [0, num_bytes]}
     about = {"shape": json.dumps(box.shape), "offset": json.dumps(box.offset)}
     text = json.dumps({"__metadata__": about, box.name: entry}).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

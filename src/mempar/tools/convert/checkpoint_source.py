@@ -2,9 +2,11 @@
 
 import bisect
 import io
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -66,11 +68,14 @@ class CheckpointSource:
             end = max(end, stop)
         return [*cuts, end] if end > cuts[-1] else cuts
 
-    def memory_bytes(self, name: str) -> int:
+    def memory_bytes(self, name: str, *, at_cuts: bool = False) -> int:
         """See `Source`."""
         pieces = self.manifest.pieces_of(name)
+        record, cuts = self.tensors[name], self.cuts(name)
+        rows = max((stop - start for start, stop in itertools.pairwise(cuts)), default=0)
+        kept = 0 if at_cuts else rows * prod(record.shape[1:]) * getattr(torch, record.dtype).itemsize
         # What torch.save wrote is there as it was read, as torch's loader sees it and as a tensor.
-        return max((piece.num_bytes * (1 if path.endswith(SUFFIX) else 3) for path, piece in pieces), default=0)
+        return kept + max((piece.num_bytes * (1 if path.endswith(SUFFIX) else 3) for path, piece in pieces), default=0)
 
     def megatron(self) -> MegatronState:
         """See `Source`; nothing is unpickled but numbers, texts and tensors."""

@@ -1,10 +1,8 @@
 """A part of a source: its weights alone, or its weights in another precision."""
 
-import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +18,8 @@ from mempar.tools.convert.source import MegatronState, RowStream, Source
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "float64": "float64"}
 # What a run that begins with weights has behind it.
 _NO_PROGRESS = {"step": 0, "applied_steps": 0}
+# Bytes that are cast at a time, if a row is not longer.
+_CAST_BYTES = 1 << 24
 # What is said of a run's state, which weights are without.
 _OF_STATE = ("history_since",)
 
@@ -72,12 +72,11 @@ class Weights:
         """See `Source`."""
         return self._source.cuts(name)
 
-    def memory_bytes(self, name: str) -> int:
+    def memory_bytes(self, name: str, *, at_cuts: bool = False) -> int:
         """See `Source`."""
-        record, cuts = self._source.tensors[name], self._source.cuts(name)
-        rows = max((stop - start for start, stop in itertools.pairwise(cuts)), default=0)
-        cast = rows * prod(record.shape[1:]) * getattr(torch, record.dtype).itemsize
-        return self._source.memory_bytes(name) + (0 if record.dtype == self.tensors[name].dtype else cast)
+        if self._source.tensors[name].dtype == self.tensors[name].dtype:
+            return self._source.memory_bytes(name, at_cuts=at_cuts)
+        return self._source.memory_bytes(name) + _CAST_BYTES
 
     def megatron(self) -> MegatronState | None:
         """See `Source`."""
@@ -89,9 +88,11 @@ class _CastRows:
         self._rows, self._dtype = rows, dtype
 
     def read(self, target: Tensor) -> None:
-        numbers = torch.empty(target.shape, dtype=self._dtype)
-        self._rows.read(numbers)
-        target.copy_(numbers)
+        row_bytes = max(1, target[:1].numel() * self._dtype.itemsize)
+        for part in target.split(max(1, _CAST_BYTES // row_bytes)):
+            numbers = torch.empty(part.shape, dtype=self._dtype)
+            self._rows.read(numbers)
+            part.copy_(numbers)
 
 
 def _in_precision(run: RunConfig, dtype: str) -> RunConfig:

@@ -80,10 +80,12 @@ class Source(Protocol):
         """Rows, 0 and the end among them, between which a stream reads nothing that it does not return."""
         ...
 
-    def memory_bytes(self, name: str) -> int:
-        """Bytes that reading rows of this tensor between cuts takes at its peak, beside the target.
+    def memory_bytes(self, name: str, *, at_cuts: bool = False) -> int:
+        """Bytes that `read` and `stream` of this tensor take at their peak, beside the target.
 
-        A stream whose steps do not end at cuts keeps the rows between two of them as well.
+        Args:
+            name: of the tensor.
+            at_cuts: whether all steps of a stream begin and end at cuts, so that it keeps nothing for the next one.
         """
         ...
 

@@ -7,7 +7,7 @@ one after the other: every job makes a file of its own for each rank.
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mempar.dims import even_cuts
 from mempar.errors import CheckpointError
 from mempar.runtime.checkpoint import shard_file, torch_dist
+from mempar.runtime.checkpoint.block_writer import BlockWriter, aligned_empty, write_at
 from mempar.runtime.checkpoint.boxes import Box, row_blocks
 from mempar.runtime.checkpoint.describing import describe
 from mempar.runtime.checkpoint.holdings import dense_shares, object_rank, table_of, table_shares
@@ -125,7 +127,7 @@ class ToMempar:
             block = shares[0][2]
             whole = _Span(name=name, record=record, first=0, last=record.shape[0], shares=shares)
             rows = max(1, _JOB_BYTES // max(1, block * whole.row_bytes)) * block
-            for first in range(0, whole.last, rows):
+            for first in _spread(range(0, whole.last, rows), self.placement.grid.mp_rows):
                 span = replace(whole, first=first, last=min(whole.last, first + rows))
                 yield self._job(f"{name} {first}", [span], min(block, span.last - first))
 
@@ -172,12 +174,10 @@ class ToMempar:
     def _peak(self, span: _Span, band_rows: int) -> int:
         """Bytes of memory that a band takes: itself, what is copied of it on the way out, what the source keeps."""
         name = self.names[span.name]
-        reading = self.source.memory_bytes(name)
         if not band_rows:
-            return _COPIES * span.num_bytes + reading
-        cuts = self.source.cuts(name)
-        if not set(range(span.first, span.last, band_rows)) <= set(cuts):
-            reading += max(stop - start for start, stop in itertools.pairwise(cuts)) * span.row_bytes
+            return _COPIES * span.num_bytes + self.source.memory_bytes(name, at_cuts=True)
+        at_cuts = set(range(span.first, span.last, band_rows)) <= set(self.source.cuts(name))
+        reading = self.source.memory_bytes(name, at_cuts=at_cuts)
         widths = (share.sizes[1] if len(share.sizes) > 1 else 0 for _, share, _ in span.shares)
         copied = max((width for width in widths if width < prod(span.record.shape[1:])), default=0)
         return band_rows * (span.row_bytes + copied * getattr(torch, span.record.dtype).itemsize) + reading
@@ -189,7 +189,7 @@ class ToMempar:
             file = os.open(directory / path, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 os.ftruncate(file, shard.num_bytes)
-                shard_file.write_at(file, shard.header, 0)
+                write_at(file, shard.header, 0)
             finally:
                 os.close(file)
 
@@ -197,26 +197,31 @@ class ToMempar:
         """Write the row blocks of a range of rows; the result has pieces by file, and the range's digest."""
         pieces: dict[str, list[Any]] = {}
         digest = 0
-        buffer = torch.empty((band_rows, *span.record.shape[1:]), dtype=getattr(torch, span.record.dtype))
+        dtype = getattr(torch, span.record.dtype)
+        room, room_of_part = (aligned_empty(band_rows * span.row_bytes) for _ in range(2))
         with ExitStack() as stack:
             rows = stack.enter_context(self.source.stream(self.names[span.name], span.first, span.last))
-            files: dict[str, int] = {}
+            files: dict[str, BlockWriter] = {}
             for first in range(span.first, span.last, band_rows):
                 band = _band(span, first, min(span.last, first + band_rows))
-                numbers = buffer[: band.sizes[0]]
+                numbers = _shaped(room, band.sizes, dtype)
                 rows.read(numbers)
                 for _, share, block_rows in span.shares:
                     shard = self.shards[shard_file.path_of(share)]
                     for block in _blocks(share, band, block_rows):
                         if shard.path not in files:
-                            files[shard.path] = os.open(directory / shard.path, os.O_WRONLY)
-                            stack.callback(os.close, files[shard.path])
-                        piece, part_digest = shard.write_block(files[shard.path], block, _part(numbers, band, block))
+                            files[shard.path] = BlockWriter(directory / shard.path)
+                            stack.callback(files[shard.path].close)
+                        part = _part(numbers, band, block)
+                        if not part.is_contiguous():
+                            part = _shaped(room_of_part, block.sizes, dtype).copy_(part)
+                        piece, part_digest = shard.piece_of(block, part)
+                        files[shard.path].write(part, piece.start)
                         pieces.setdefault(shard.path, []).append(encode_piece(piece))
                         digest += part_digest
                         advance(piece.num_bytes)
             for file in files.values():
-                os.fsync(file)
+                file.sync()
         return {"pieces": pieces, "digests": {span.name: digest % 2**64}}
 
     def _write_dense(self, directory: Path, number: int, spans: list[_Span], advance: Advance) -> Any:
@@ -246,7 +251,9 @@ class ToMempar:
                     self.source.read(replace(band, name=self.names[span.name]), numbers)
                 for rank, share, _ in span.shares:
                     for part in _blocks(share, band, max(1, span.last)):
-                        digest = file_of(rank).add_tensor(part, _part(numbers, band, part).clone())
+                        digest = file_of(rank).add_tensor(
+                            part, _part(numbers, band, part).clone(memory_format=torch.contiguous_format)
+                        )
                         digests[span.name] = (digests.get(span.name, 0) + digest) % 2**64
                 advance(span.num_bytes)
         records = [file.record for file in files.values()]
@@ -311,6 +318,13 @@ class ToMempar:
                 )
 
 
+def _spread(firsts: Sequence[int], parts: int) -> Iterator[int]:
+    """Take from several stretches in turn: those who write at the same time to one file wait for each other."""
+    cuts = even_cuts(len(firsts), parts)
+    for of_parts in itertools.zip_longest(*(firsts[start:stop] for start, stop in itertools.pairwise(cuts))):
+        yield from (first for first in of_parts if first is not None)
+
+
 def _bands(cuts: list[int], row_bytes: int, band_bytes: int) -> Iterator[tuple[int, int]]:
     """Ranges of rows between cuts, as long as a band may be, and one at least."""
     start = 0
@@ -346,4 +360,9 @@ def _blocks(share: Box, band: Box, block_rows: int) -> Iterator[Box]:
 
 def _part(numbers: Tensor, band: Box, block: Box) -> Tensor:
     mine, _ = band.overlap(block) or ((), ())
-    return numbers[mine].contiguous()
+    return numbers[mine]
+
+
+def _shaped(room: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor at the beginning of some room."""
+    return room[: prod(sizes) * dtype.itemsize].view(dtype).view(sizes)

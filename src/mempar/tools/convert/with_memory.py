@@ -84,10 +84,10 @@ class WithMemory:
         # What is made here is made row by row.
         return [0, self.tensors[name].shape[0]] if name in self._added else self.source.cuts(name)
 
-    def memory_bytes(self, name: str) -> int:
+    def memory_bytes(self, name: str, *, at_cuts: bool = False) -> int:
         """See `Source`."""
         if name not in self._added:
-            return self.source.memory_bytes(name)
+            return self.source.memory_bytes(name, at_cuts=at_cuts)
         if name in self._tables:
             return _DRAWING_BYTES
         # It is drawn whole, in float64.

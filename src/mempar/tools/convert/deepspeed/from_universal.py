@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from mempar.errors import CheckpointError
+from mempar.runtime.checkpoint.block_writer import as_bytes
 from mempar.runtime.checkpoint.boxes import Box
 from mempar.runtime.checkpoint.manifest import checksum
-from mempar.runtime.checkpoint.shard_file import as_bytes
 from mempar.tools.convert.deepspeed.crc import combined
 from mempar.tools.convert.deepspeed.description import Blocks, read_description
 from mempar.tools.convert.deepspeed.files import LATEST
@@ -147,7 +147,7 @@ class DeepSpeedSource:
         """See `Source`."""
         return self._files[self._places[name].path].blocks.cuts
 
-    def memory_bytes(self, name: str) -> int:
+    def memory_bytes(self, name: str, *, at_cuts: bool = False) -> int:
         """See `Source`."""
         file = self._files[self._places[name].path]
         rows = max((stop - start for start, stop in pairwise(file.blocks.cuts)), default=0)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mempar.errors import CheckpointError
+from mempar.runtime.checkpoint.block_writer import as_bytes, write_at
 from mempar.runtime.checkpoint.boxes import Box
 from mempar.runtime.checkpoint.manifest import OPTIMIZER, WEIGHTS
-from mempar.runtime.checkpoint.shard_file import as_bytes, write_at
 from mempar.runtime.durable import sync
 from mempar.tools.convert.deepspeed.crc import combined
 from mempar.tools.convert.deepspeed.description import Blocks, Description, encode

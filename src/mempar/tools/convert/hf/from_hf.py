@@ -111,7 +111,7 @@ class HfSource:
         pieces = self._pieces[name]
         return sorted({0, pieces[0].box.shape[0], *(piece.box.offset[0] for piece in pieces)})
 
-    def memory_bytes(self, name: str) -> int:
+    def memory_bytes(self, name: str, *, at_cuts: bool = False) -> int:
         """See `Source`."""
         return 2 * CHUNK_BYTES
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mempar.errors import CheckpointError
-from mempar.runtime.checkpoint.shard_file import as_bytes, write_at
+from mempar.runtime.checkpoint.block_writer import as_bytes, write_at
 
 SUFFIX = ".safetensors"
 # Types of numbers that models are made of, as torch spells them.
