@@ -129,7 +129,7 @@ def test_destinations_that_exist_and_places_that_cannot_be_written_are_refused(s
         with pytest.raises(ConversionError, match=rf"{place} cannot be made: .*; see to the disk") as refused:
             converted(saved, place, "")
         assert refused.value.exit_status == 2
-    with pytest.raises(CheckpointError, match="/proc is no checkpoint"):
+    with pytest.raises(CheckpointError, match="/proc is nothing that can be converted"):
         converted(Path("/proc"), tmp_path / "new", "")
     assert sorted(tmp_path.rglob("*")) == before
 
