@@ -35,7 +35,7 @@ def train_and_save(run: RunConfig, target: Path, steps: int = 2) -> tuple[np.nda
     for step in range(steps):
         session.step(step)
     save_checkpoint(target, run, session, {"step": steps, "applied_steps": steps, "tokens": 7})
-    return _logits(session)
+    return session_logits(session)
 
 
 def logits_of(make: Callable[..., Source], *args: Any, length: int = 16) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +48,7 @@ def logits_of(make: Callable[..., Source], *args: Any, length: int = 16) -> tupl
             logical.param.copy_(_of_parameter(source, logical.name))
         for table in session.model.tables:
             table.shard.values.copy_(whole(source, table.name))
-    return _logits(session)
+    return session_logits(session)
 
 
 def hf_source(root: Path) -> Source:
@@ -109,7 +109,7 @@ def _of_parameter(source: Source, name: str) -> Tensor:
     return whole(source, _saved_name(name))
 
 
-def _logits(session: Session) -> tuple[np.ndarray, np.ndarray]:
+def session_logits(session: Session) -> tuple[np.ndarray, np.ndarray]:
     batch = session.model.in_flight.current = batches_of(session.run, 0)[0]
     chunk = session.model.wrapped[0].eval()
     with torch.no_grad():

@@ -31,6 +31,8 @@ _TORCH_DTYPES = {"float64": "float64", "float32": "float32", "bf16": "bfloat16"}
 _SECTION = "memory."
 # Rows of a table are drawn in float64, some two million numbers at a time, from as many hashes.
 _DRAWING_BYTES = 1 << 27
+# For each number of a table that is smaller than that: some eight temporaries of eight bytes.
+_ELEMENT_BYTES = 64
 _NETWORK = (".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight")
 
 
@@ -89,7 +91,7 @@ class WithMemory:
         if name not in self._added:
             return self.source.memory_bytes(name, at_cuts=at_cuts)
         if name in self._tables:
-            return _DRAWING_BYTES
+            return min(_DRAWING_BYTES, _ELEMENT_BYTES * math.prod(self.tensors[name].shape))
         # It is drawn whole, in float64.
         return 8 * math.prod(self.tensors[name].shape)
 
