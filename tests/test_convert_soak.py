@@ -9,14 +9,11 @@ import datetime
 import json
 import random
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 from mempar.errors import ConfigError
 from mempar.runtime.checkpoint.config import CheckpointConfig
@@ -27,7 +24,7 @@ from mempar.tools.verify import differences, examine
 from rank_pool import RankPool
 from test_convert_layouts import check_files, converted, go_on
 from test_digest_law import train_and_save
-from test_layout_soak import MOST_RANKS, RESULTS, SECONDS, TimeIsUp, drawn_run
+from test_layout_soak import MOST_RANKS, RESULTS, drawn_run, play_for_a_while
 
 
 def drawn_layout(draw: random.Random, run: RunConfig, most_ranks: int) -> str:
@@ -79,19 +76,8 @@ def convert_and_go_on(pool: RankPool, root: Path, seed: int) -> dict[str, Any]:
 @pytest.mark.soak
 def test_conversions_through_layouts_drawn_at_random_keep_the_laws(pool: RankPool, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = []
-    end = time.monotonic() + SECONDS
 
-    @settings(
-        max_examples=100_000,
-        deadline=None,
-        database=None,
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.integers(0, 2**32 - 1))
-    def soak(seed: int) -> None:
-        if time.monotonic() > end:
-            raise TimeIsUp
+    def play(seed: int) -> None:
         root = tmp_path / "round"
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir()
@@ -100,9 +86,7 @@ def test_conversions_through_layouts_drawn_at_random_keep_the_laws(pool: RankPoo
         assert rows[-1]["norms"] <= 1e-6, rows[-1]
 
     try:
-        soak()
-    except TimeIsUp:
-        pass
+        play_for_a_while(play)
     finally:
         today = datetime.date.today().isoformat()
         worst = {name: max((row[name] for row in rows), default=0.0) for name in ("loss", "norms")}

@@ -7,6 +7,7 @@ The float64 leg: the same slots, losses to 1e-9 and norms to 1e-6 over 20 steps.
 worst deviations, are left in benchmarks/results/.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -14,6 +15,7 @@ import platform
 import random
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -121,22 +123,8 @@ def deviations(pool: RankPool, world: int, run: RunConfig) -> dict[str, float]:
 @pytest.mark.soak
 def test_float64_run_equals_single_process_in_layouts_drawn_at_random(pool: RankPool, note_figure) -> None:
     rows: list[dict[str, Any]] = []
-    end = time.monotonic() + SECONDS
 
-    @settings(
-        max_examples=100_000,
-        deadline=None,
-        database=None,
-        # A failure is told as it was drawn: shrinking would take longer than looking at it.
-        phases=(Phase.generate,),
-        suppress_health_check=list(HealthCheck),
-    )
-    # Hypothesis draws small and simple things most often; from a seed all layouts are as likely.
-    @given(st.integers(0, 2**32 - 1))
-    def soak(seed: int) -> None:
-        failed_before = bool(rows) and "failure" in rows[-1]
-        if time.monotonic() > end and not failed_before:
-            raise TimeIsUp
+    def play(seed: int) -> None:
         world, run = drawn_run(seed)
         row: dict[str, Any] = {
             "seed": seed,
@@ -162,9 +150,7 @@ def test_float64_run_equals_single_process_in_layouts_drawn_at_random(pool: Rank
         del row["failure"]
 
     try:
-        soak()
-    except TimeIsUp:
-        pass
+        play_for_a_while(play)
     finally:
         worst = {name: max((row[name] for row in rows if name in row), default=0.0) for name in ("loss", "norms")}
         write_results(rows, worst)
@@ -173,7 +159,34 @@ def test_float64_run_equals_single_process_in_layouts_drawn_at_random(pool: Rank
         note_figure(f"layout law, float64, drawn at random: {name}", deviation)
 
 
-class TimeIsUp(BaseException):
+def play_for_a_while(play: Callable[[int], None]) -> None:
+    """Call a function with seeds, all as likely as another, until the time is up; one that fails is called again."""
+    end = time.monotonic() + SECONDS
+    failed = False
+
+    @settings(
+        max_examples=100_000,
+        deadline=None,
+        database=None,
+        # A failure is told as it was drawn: shrinking would take longer than looking at it.
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    # Hypothesis draws small and simple things most often; from a seed all layouts are as likely.
+    @given(st.integers(0, 2**32 - 1))
+    def draw(seed: int) -> None:
+        nonlocal failed
+        if time.monotonic() > end and not failed:
+            raise _TimeIsUp
+        failed = True
+        play(seed)
+        failed = False
+
+    with contextlib.suppress(_TimeIsUp):
+        draw()
+
+
+class _TimeIsUp(BaseException):
     """Ends the drawing; hypothesis lets through what is not an Exception."""
 
 

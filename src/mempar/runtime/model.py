@@ -82,7 +82,7 @@ def transformer_config(run: RunConfig) -> Any:
             bf16=run.train.dtype == "bf16",
             params_dtype=dtype,
             pipeline_dtype=dtype,
-            # Megatron marks tensor-parallel parameters only while initialising them; the values are ours (logical.py).
+            # Megatron marks tensor-parallel parameters only while initialising them; the values are ours (initial.py).
             perform_initialization=True,
             use_cpu_initialization=mcore.RUNS_ON_CPU,
             gradient_accumulation_fusion=False,
