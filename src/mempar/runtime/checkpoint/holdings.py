@@ -113,6 +113,7 @@ def dense_shares(name: str, record: TensorRecord, run: RunConfig, grid: RankGrid
     """
     stage, rest = _place(name, parameter_of(name), run)
     first = stage * grid.stage_size
+    _check_shape(name, record, rest, grid)
     whole = whole_box(name, record.dtype, record.shape)
     if expert := _EXPERT.fullmatch(rest):
         cuts = even_cuts(record.shape[0], grid.ep)
@@ -145,8 +146,11 @@ def object_rank(key: str, run: RunConfig, grid: RankGrid) -> int:
     first = stage * grid.stage_size
     if not _EXPERT.fullmatch(rest):
         return first
-    cuts = even_cuts(int(found[3]), grid.ep)
-    return first + grid.tp * next(rank for rank in range(grid.ep) if int(found[2]) < cuts[rank + 1])
+    place, count = int(found[2]), int(found[3])
+    if place >= count:
+        raise _unknown(key)
+    cuts = even_cuts(count, grid.ep)
+    return first + grid.tp * next(rank for rank in range(grid.ep) if place < cuts[rank + 1])
 
 
 def _place(name: str, parameter: str, run: RunConfig) -> tuple[int, str]:
@@ -180,6 +184,18 @@ def _table_box(name: str, record: TensorRecord, plan: ShardPlan, part: TableSlic
             "table has its rows, and its columns or a number a tile; the checkpoint is not what its config.yaml says."
         )
     return Box(name=name, dtype=record.dtype, shape=record.shape, offset=offset[:dims], sizes=sizes[:dims])
+
+
+def _check_shape(name: str, record: TensorRecord, rest: str, grid: RankGrid) -> None:
+    """Refuse what cannot be split as a parameter of this name is."""
+    expert = _EXPERT.fullmatch(rest)
+    dim, halves = _EXPERT_SPLIT[expert[1]] if expert else _SPLIT.get(rest, (0, 0))
+    fits = 0 not in record.shape and (not halves or len(record.shape) > dim)
+    if not fits or (halves and record.shape[dim] % (halves * grid.tp)) or (expert and record.shape[0] % grid.ep):
+        raise CheckpointError(
+            f"{name} is {list(record.shape)}, which cannot be cut for tp={grid.tp}, ep={grid.ep}; a parameter is cut "
+            "in equal parts; use sizes that divide it, if the checkpoint is what its config.yaml says."
+        )
 
 
 def _split(box: Box, dim: int, halves: int, parts: int, mine: int) -> list[Box]:

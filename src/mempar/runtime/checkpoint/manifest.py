@@ -14,6 +14,7 @@ here imports torch.
 """
 
 import json
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from mempar.runtime.checkpoint.boxes import Box, check_cover
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 FORMAT = 3
+# Bytes of a number, by its type as torch spells it.
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1}
 WEIGHTS, OPTIMIZER, HISTORY = "weights", "optimizer", "history"
 
 # A piece takes some 150 bytes: room for millions.
@@ -37,6 +40,7 @@ _COUNTERS = ("step", "applied_steps", "tokens", "samples", "rollbacks", "skips_i
 _NEEDED = ("step", "applied_steps")
 # What else describes a checkpoint, each by names.
 _DESCRIPTIONS = ("layout", "data", "random", "versions", "history_since")
+_TENSOR_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _SEAL = ',\n"checksum": "'
 
 
@@ -239,17 +243,7 @@ def _decode(root: Path, body: dict[str, Any]) -> Manifest:
         raise CheckpointError(
             f"{root} has another format than {FORMAT}, which this version reads; use the mempar that wrote it."
         )
-    if not all(name.isprintable() for name in body["tensors"]):
-        raise ValueError("a tensor's name cannot be shown")
-    tensors = {
-        name: TensorRecord(
-            dtype=str(entry["dtype"]),
-            shape=_sizes(entry["shape"]),
-            kind=str(entry["kind"]),
-            digest=int(entry["digest"], 16),
-        )
-        for name, entry in body.pop("tensors").items()
-    }
+    tensors = {name: _decode_tensor(name, entry) for name, entry in body.pop("tensors").items()}
     files = {path: _decode_file(root, path, pieces, tensors) for path, pieces in body.pop("files").items()}
     progress = body.pop("progress")
     _check_progress(progress)
@@ -259,6 +253,16 @@ def _decode(root: Path, body: dict[str, Any]) -> Manifest:
     for name, record in tensors.items():
         check_cover(name, record.shape, [piece.box for _, piece in manifest.pieces_of(name) if piece.box is not None])
     return manifest
+
+
+def _decode_tensor(name: str, entry: dict[str, Any]) -> TensorRecord:
+    # Names become names of files.
+    if not _TENSOR_NAME.fullmatch(name):
+        raise ValueError("a tensor has a name that no parameter can have")
+    if entry["dtype"] not in DTYPE_BYTES or entry["kind"] not in (WEIGHTS, OPTIMIZER, HISTORY):
+        raise ValueError(f"{name} has numbers of type {entry['dtype']}, and is {entry['kind']}")
+    shape = _sizes(entry["shape"])
+    return TensorRecord(dtype=entry["dtype"], shape=shape, kind=entry["kind"], digest=int(entry["digest"], 16))
 
 
 def _check_progress(progress: dict[str, Any]) -> None:

@@ -70,6 +70,6 @@ def kept_names(dtypes: Mapping[str, str], *, distributed: bool) -> dict[str, str
             kept[_MASTERS[1] + parameter] = name
     if distributed:
         # Where no copy was kept, the parameter is the copy.
-        stepped = [parameter_of(name) for name in dtypes if is_optimizer_state(name)]
+        stepped = [parameter_of(name) for name in dtypes if is_optimizer_state(name) and parameter_of(name) in dtypes]
         kept = {_MASTERS[0] + parameter: parameter for parameter in stepped} | kept
     return kept

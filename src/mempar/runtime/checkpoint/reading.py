@@ -15,7 +15,7 @@ from mempar.errors import CheckpointError
 from mempar.runtime.checkpoint import shard_file, torch_dist
 from mempar.runtime.checkpoint.block_writer import as_bytes
 from mempar.runtime.checkpoint.boxes import Box
-from mempar.runtime.checkpoint.manifest import Manifest, Piece, check_file, checksum, damaged
+from mempar.runtime.checkpoint.manifest import DTYPE_BYTES, Manifest, Piece, check_file, checksum, damaged
 from mempar.runtime.checkpoint.names import stored_name
 
 # Bytes read at a time where they are only compared.
@@ -174,10 +174,12 @@ class Reader:
     def _check_size(self, path: str, piece: Piece) -> None:
         """Refuse a piece that is longer than what it holds before there is room made for it."""
         assert piece.box is not None
-        slack = 0 if path.endswith(shard_file.SUFFIX) else _TORCH_SAVE_BYTES
-        dtype = getattr(torch, piece.box.dtype, None)
-        if not isinstance(dtype, torch.dtype) or piece.num_bytes > piece.box.num_elements * dtype.itemsize + slack:
-            raise damaged(self._path(path), f"{_place(piece)} has {piece.num_bytes} bytes, more than its numbers take")
+        exact = path.endswith(shard_file.SUFFIX)
+        taken = piece.box.num_elements * DTYPE_BYTES[piece.box.dtype]
+        if not taken <= piece.num_bytes <= taken + (0 if exact else _TORCH_SAVE_BYTES):
+            raise damaged(
+                self._path(path), f"{_place(piece)} has {piece.num_bytes} bytes, not the {taken} that its numbers take"
+            )
 
     def _changed(self, path: str, piece: Piece) -> CheckpointError:
         return damaged(self._path(path), f"the checksum of {_place(piece)} is not that of what was written")

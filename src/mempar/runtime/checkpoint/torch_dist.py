@@ -8,7 +8,7 @@
 Written here rather than by megatron, so that the pieces' checksums and digests are computed on the way,
 nothing is forked, and no rank need meet another one while it writes. Read without unpickling: the places
 come from the manifest, the tensors through torch's loader of tensors alone; `.metadata` and `common.pt` are
-for megatron and never opened.
+for megatron, and of the two only `common.pt` is ever read, by a conversion, through the same loader.
 """
 
 import io
@@ -124,14 +124,22 @@ def load_piece(data: Any) -> Tensor:
     Raises:
         Exception: of many kinds, when it is anything else.
     """
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        # torch stores; what is compressed may be a thousand times as long as it looks.
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("a compressed record")
+    check_stored(data)
     tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.is_cpu:
         raise TypeError(f"a {type(tensor).__name__} where a tensor should be")
     return tensor
+
+
+def check_stored(data: Any) -> None:
+    """Refuse what torch.save does not write: records that are compressed may be a thousand times as long as they look.
+
+    Raises:
+        ValueError: when there is one; zipfile.BadZipFile when it is no archive at all.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("a compressed record")
 
 
 def write_description(directory: Path, files: Iterable[FileRecord], common: bytes) -> list[FileRecord]:

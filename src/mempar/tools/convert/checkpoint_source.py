@@ -20,6 +20,8 @@ from mempar.runtime.checkpoint.reading import Reader
 from mempar.runtime.checkpoint.shard_file import SUFFIX
 from mempar.tools.convert.source import MegatronState, RowStream
 
+# Of megatron's that are no tensors, all together.
+_MOST_OBJECT_BYTES = 1 << 28
 _COMMON = f"{torch_dist.DIRECTORY}/common.pt"
 
 
@@ -79,21 +81,21 @@ class CheckpointSource:
 
     def megatron(self) -> MegatronState:
         """See `Source`; nothing is unpickled but numbers, texts and tensors."""
-        objects = {piece.key: self._bytes_of(path, piece) for path, piece in self.manifest.pieces() if piece.key}
+        places = [(path, piece) for path, piece in self.manifest.pieces() if piece.key]
+        if sum(piece.num_bytes for _, piece in places) > _MOST_OBJECT_BYTES:
+            raise damaged(self.root / MANIFEST, f"it names more than {_MOST_OBJECT_BYTES} bytes that are no tensors")
+        objects = {piece.key: self._reader.read_bytes(path, piece) for path, piece in places}
         common: dict = {}
         if _COMMON in self.manifest.files:
-            (piece,) = self.manifest.files[_COMMON].pieces
-            data = self._bytes_of(_COMMON, piece)
+            data = b"".join(self._reader.read_bytes(_COMMON, piece) for piece in self.manifest.files[_COMMON].pieces)
             try:
+                torch_dist.check_stored(data)
                 common = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
                 if not isinstance(common, dict):
                     raise TypeError(f"a {type(common).__name__}")
             except Exception as error:
                 raise damaged(self.root / _COMMON, f"it cannot be read ({type(error).__name__})") from None
         return MegatronState(common=common, objects=objects)
-
-    def _bytes_of(self, path: str, piece: Piece) -> bytes:
-        return self._reader.read_bytes(path, piece)
 
 
 class _Rows:

@@ -10,13 +10,13 @@ from rich.table import Table
 
 from mempar.errors import ConfigError
 from mempar.runtime.checkpoint.manifest import OPTIMIZER
-from mempar.tools.convert.conversion import Conversion, identity_of
+from mempar.tools.convert.conversion import Conversion, ConversionError, identity_of
 from mempar.tools.convert.formats import open_source, plan_to
 from mempar.tools.convert.selection import Weights
 from mempar.tools.convert.source import Source
 from mempar.tools.convert.with_memory import WithMemory
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)")
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]i?B|B|)")
 _UNITS = {"": 1, "B": 1, **{f"{letter}{i}B": (1024 if i else 1000) ** place
                             for place, letter in enumerate("KMGT", 1) for i in ("i", "")}}  # fmt: skip
 
@@ -65,16 +65,24 @@ def convert(
     count, limit = workers or 2 * len(os.sched_getaffinity(0)), parse_size(max_memory)
     added = [assignment for assignment in assignments if assignment.startswith("memory.")]
     layout = [assignment for assignment in assignments if assignment not in added]
-    tensors = _tensors(source, added, weights_only=weights_only, dtype=dtype)
-    plan, what = plan_to(form, tensors, layout, limit // count)
-    conversion = Conversion(
-        plan=plan,
-        identity=identity_of(tensors.identity, form, what, *(job.key for job in plan.jobs)),
-        destination=destination,
-        workers=count,
-        max_memory=limit,
-    )
-    say(_table(conversion))
+    if not destination.name:
+        raise ConfigError(f"{destination} has no name of its own to make; name a directory that is not there yet.")
+    try:
+        tensors = _tensors(source, added, weights_only=weights_only, dtype=dtype)
+        plan, what = plan_to(form, tensors, layout, limit // count)
+        conversion = Conversion(
+            plan=plan,
+            identity=identity_of(tensors.identity, form, what, *(job.key for job in plan.jobs)),
+            source=source,
+            destination=destination,
+            workers=count,
+            max_memory=limit,
+        )
+        say(_table(conversion))
+    except OSError as error:
+        raise ConversionError(
+            f"{source} cannot be converted to {destination}: {error}; nothing was written; see to what it names."
+        ) from None
     if dry_run:
         return
     conversion.run(resume=resume)

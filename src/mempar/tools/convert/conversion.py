@@ -7,7 +7,9 @@
 Whatever ends a conversion, DST is not there or it is whole, and `--resume` goes on behind the last job that was done.
 """
 
+import contextlib
 import os
+import resource
 import shutil
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,13 +21,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+import mempar
 from mempar.errors import ConfigError, MemparError
-from mempar.runtime.checkpoint.manifest import checksum
+from mempar.runtime.checkpoint.manifest import FORMAT, checksum
 from mempar.runtime.durable import sync
 from mempar.tools.convert.journal import Journal
 from mempar.tools.convert.plan import Job, Plan
 
 _PARTIAL, _JOURNAL = ".partial", ".journal"
+# In the journal: all is done and described, and has its name, or is about to get it.
+_NAMED = "(named)"
 # Bytes that a conversion moves in a second, read and written together, for the estimate before it begins: a common
 # NVMe disk's. The progress bar says what it really is.
 _BYTES_PER_SECOND = 1e9
@@ -44,6 +49,7 @@ class Conversion:
     Attributes:
         plan: what to do.
         identity: tells this conversion from others.
+        source: the directory that is converted.
         destination: the directory to make.
         workers: jobs at a time, at most.
         max_memory: bytes that all of them together may take.
@@ -51,6 +57,7 @@ class Conversion:
 
     plan: Plan
     identity: str
+    source: Path
     destination: Path
     workers: int
     max_memory: int
@@ -118,21 +125,29 @@ class Conversion:
             raise self._stopped(error) from None
         done = False
         try:
-            if not self.destination.exists():
+            if _NAMED not in journal.results or self.partial.exists() or not self.destination.exists():
                 self._make(journal)
             done = True
         except OSError as error:
             raise self._stopped(error) from None
         finally:
-            journal.close(remove=done)
+            # Of what has not begun, nothing is left either.
+            journal.close(remove=done or not (journal.results or self.partial.exists()))
 
     def _check(self, resume: bool) -> None:
-        # With its journal it only has not been tidied up.
-        if os.path.lexists(self.destination) and not (resume and self.journal.exists()):
+        made, read = self.destination.resolve(), self.source.resolve()
+        if read in (made, *made.parents, self.partial.resolve()) or self.partial.resolve() in read.parents:
             raise ConfigError(
-                f"{self.destination} exists; a conversion makes a new directory and changes none; remove it, or choose "
-                "another destination."
+                f"{self.destination} lies in {self.source}, or the other way round; a conversion reads the one and "
+                "makes the other; choose another destination."
             )
+        # A journal knows whether it only has not been tidied up.
+        if os.path.lexists(self.destination) and not (resume and self.journal.exists()):
+            raise self._taken(self.destination)
+        if self.partial.exists() and not self.journal.exists():
+            raise self._taken(self.partial)
+        if not self.journal.exists():
+            self._check_room(self.plan.jobs)
         begun = next((path for path in (self.journal, self.partial) if path.exists()), None)
         if begun is not None and not resume:
             raise ConfigError(
@@ -140,22 +155,36 @@ class Conversion:
                 f"--resume, or remove {self.journal} and {self.partial}."
             )
 
-    def _make(self, journal: Journal) -> None:
-        left = [job for job in self.plan.jobs if job.key not in journal.results]
+    def _taken(self, path: Path) -> ConfigError:
+        return ConfigError(
+            f"{path} exists; a conversion makes a new directory and changes none; remove it, or choose another "
+            "destination."
+        )
+
+    def _check_room(self, left: list[Job]) -> None:
         needed, free = sum(job.bytes_written for job in left), _free(self.destination)
         if needed > free:
             raise ConfigError(
                 f"{self.destination} needs {_size(needed)} more and its disk has {_size(free)} left; make room, or "
                 "choose another destination."
             )
-        if not journal.results and self.partial.exists():
-            # Without a line in the journal nothing of it counts.
-            shutil.rmtree(self.partial)
+
+    def _make(self, journal: Journal) -> None:
+        if os.path.lexists(self.destination):
+            raise self._taken(self.destination)
+        if journal.results and not self.partial.is_dir():
+            raise ConfigError(
+                f"{self.partial} is gone, of which {self.journal} says what is done; --resume goes on with both; "
+                "remove the journal, and begin anew."
+            )
+        left = [job for job in self.plan.jobs if job.key not in journal.results]
+        self._check_room(left)
         self.partial.mkdir(exist_ok=True)
         self.plan.prepare(self.partial)
         self._work(left, journal)
         self.plan.finish(self.partial, {job.key: journal.results[job.key] for job in self.plan.jobs})
         sync(self.partial)
+        journal.add(_NAMED, None)
         os.rename(self.partial, self.destination)
         sync(self.destination.parent)
 
@@ -169,6 +198,7 @@ class Conversion:
             task = progress.add_task(
                 self.destination.name, total=total, completed=total - sum(job.bytes_written for job in left)
             )
+            _allow_files()
             ended = threading.Event()
 
             def work(job: Job) -> Any:
@@ -189,15 +219,24 @@ class Conversion:
                     ended.set()
 
     def _stopped(self, error: OSError) -> ConversionError:
+        begun = False
+        with contextlib.suppress(OSError):
+            begun = self.journal.exists()
         return ConversionError(
-            f"{self.destination} cannot be made: {error}; the source and everything that was there are as they were, "
-            f"and what is done is kept in {self.partial}; see to the disk, and continue with --resume."
+            f"{self.destination} cannot be made: {error}; the source and everything that was there are as they were; "
+            + (f"see to the disk, and continue {self.partial} with --resume." if begun else "see to the disk.")
         )
 
 
+def _allow_files() -> None:
+    """Let this process open as many files as it may: a job has one or two open for each rank that it writes for."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def identity_of(*parts: str) -> str:
-    """One text for everything that decides what a conversion makes."""
-    return checksum("\0".join(parts).encode())
+    """One text for everything that decides what a conversion makes, this version of mempar among it."""
+    return checksum("\0".join((mempar.__version__, str(FORMAT), *parts)).encode())
 
 
 def _note(running: dict[Future[Any], Job], journal: Journal) -> None:

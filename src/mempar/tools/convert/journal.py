@@ -56,12 +56,18 @@ class Journal:
             file.seek(0)
             lines = file.read().split(b"\n")
         # What follows the last line's end was being written when it ended.
-        whole = [entry for entry in map(_decode, lines[:-1]) if entry is not None]
-        if not whole:
+        entries = [_decode(line) for line in lines[:-1]]
+        if not entries:
             os.ftruncate(self._file, 0)
             self._append({"identity": identity})
             sync(self.path.parent)
             return {}
+        if None in entries:
+            raise ConfigError(
+                f"{self.path} is no journal of a conversion, or damaged; --resume goes on by what it says; remove it "
+                "and the directory beside it if a conversion made them, or choose another destination."
+            )
+        whole = [entry for entry in entries if entry is not None]
         if whole[0].get("identity") != identity:
             raise ConfigError(
                 f"{self.path} belongs to another conversion: of another source or to another layout, format or "
@@ -74,12 +80,16 @@ class Journal:
 
     def add(self, key: str, result: Any) -> None:
         """Note that a job is done; what it wrote is on the disk."""
-        self._append({"key": key, "result": result})
-        self.results[key] = result
+        entry = {"key": key, "result": result}
+        self._append(entry)
+        # As it would be read again.
+        self.results[key] = json.loads(json.dumps(entry))["result"]
 
     def _append(self, entry: dict[str, Any]) -> None:
         text = json.dumps(entry, separators=(",", ":"))
-        os.write(self._file, f"{checksum(text.encode())} {text}\n".encode())
+        line = f"{checksum(text.encode())} {text}\n".encode()
+        while line:
+            line = line[os.write(self._file, line) :]
         os.fsync(self._file)
 
     def close(self, *, remove: bool = False) -> None:

@@ -9,12 +9,8 @@ from mempar.runtime.config import ParallelConfig, RunConfig
 from mempar.runtime.overrides import override
 from mempar.runtime.placement import place, resolve
 
+_MOST_RANKS = 1 << 16
 _KEYS = tuple(field.name for field in fields(ParallelConfig))
-
-
-def is_layout_key(key: str) -> bool:
-    """Whether a key says something of the layout."""
-    return key in (*_KEYS, "dp")
 
 
 def in_layout(run: RunConfig, assignments: Sequence[str]) -> tuple[RunConfig, int]:
@@ -34,7 +30,7 @@ def in_layout(run: RunConfig, assignments: Sequence[str]) -> tuple[RunConfig, in
     given: dict[str, str] = {}
     for assignment in assignments:
         key, mark, value = assignment.partition("=")
-        if not mark or not is_layout_key(key):
+        if not mark or key not in (*_KEYS, "dp"):
             near = difflib.get_close_matches(key, (*_KEYS, "dp"), n=3)
             meant = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join((*_KEYS, 'dp'))}."
             raise ConfigError(f"{assignment} is no size of a layout; it is given as KEY=VALUE, e.g. tp=2; {meant}")
@@ -49,6 +45,10 @@ def in_layout(run: RunConfig, assignments: Sequence[str]) -> tuple[RunConfig, in
         given["sequence_parallel"] = "true"
     wanted = override(plain, [f"parallel.{key}={value}" for key, value in given.items()])
     world = _world(wanted, replicas)
+    if world > _MOST_RANKS:
+        raise ConfigError(
+            f"{' '.join(assignments)} takes {world} ranks; at most {_MOST_RANKS} are laid out; use fewer."
+        )
     wanted = resolve(wanted, world)
     place(wanted, world)
     return wanted, world
@@ -60,4 +60,4 @@ def _world(run: RunConfig, replicas: str | None) -> int:
         return sizes.smallest_world
     if not replicas.isdecimal() or not int(replicas):
         raise ConfigError(f"dp={replicas} is no number of replicas; it counts ranks; use 1 or more.")
-    return int(replicas) * sizes.tp * sizes.cp * sizes.pp
+    return int(replicas[:9]) * sizes.tp * sizes.cp * sizes.pp

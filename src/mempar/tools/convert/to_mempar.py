@@ -46,6 +46,8 @@ from mempar.tools.convert.source import Source
 
 # Of a job: little enough to be done again after a crash, much enough that jobs cost nothing.
 _JOB_BYTES = 512 << 20
+# Of a table that has as many row blocks, so that workers end at about the same time.
+_LEAST_JOBS = 16
 # Copies of a band of a dense tensor that there are at a time: the band, a part of it in order, what is serialised.
 _COPIES = 3
 # Headers, small files and what a file system keeps for itself, in bytes a file.
@@ -126,7 +128,8 @@ class ToMempar:
             self.shards |= {shard_file.path_of(share): ShardFile(share) for _, share, _ in shares}
             block = shares[0][2]
             whole = _Span(name=name, record=record, first=0, last=record.shape[0], shares=shares)
-            rows = max(1, _JOB_BYTES // max(1, block * whole.row_bytes)) * block
+            job_bytes = min(_JOB_BYTES, whole.num_bytes // _LEAST_JOBS)
+            rows = max(1, job_bytes // max(1, block * whole.row_bytes)) * block
             for first in _spread(range(0, whole.last, rows), self.placement.grid.mp_rows):
                 span = replace(whole, first=first, last=min(whole.last, first + rows))
                 yield self._job(f"{name} {first}", [span], min(block, span.last - first))
