@@ -88,4 +88,6 @@ def make_checkpoint(path: Path, source: MadeUp, layout: str) -> None:
     """Write a made-up checkpoint in a layout."""
     run, world = in_layout(source.run, layout.split())
     plan = ToMempar(source, run, world).plan(1 << 30)
-    Conversion(plan=plan, identity="made up", source=source.root, destination=path, workers=2, max_memory=4 << 30).run(resume=False)
+    Conversion(plan=plan, identity="made up", source=source.root, destination=path, workers=2, max_memory=4 << 30).run(
+        resume=False
+    )

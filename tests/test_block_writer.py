@@ -23,7 +23,7 @@ def test_room_begins_at_a_page() -> None:
 
 @pytest.mark.parametrize("refused", ["never", "when opened", "when written"])
 def test_blocks_lie_where_they_belong(refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, pwrite = os.open, os.pwrite
+    opened, closed, pwrite = os.open, os.close, os.pwrite
     direct: set[int] = set()
 
     def open_or_not(path: Path, flags: int, mode: int = 0o777) -> int:
@@ -33,6 +33,10 @@ def test_blocks_lie_where_they_belong(refused: str, tmp_path: Path, monkeypatch:
         if flags & os.O_DIRECT:
             direct.add(file)
         return file
+
+    def close(file: int) -> None:
+        direct.discard(file)
+        closed(file)
 
     used: list[int] = []
 
@@ -44,6 +48,7 @@ def test_blocks_lie_where_they_belong(refused: str, tmp_path: Path, monkeypatch:
         return pwrite(file, data, start)
 
     monkeypatch.setattr(block_writer.os, "open", open_or_not)
+    monkeypatch.setattr(block_writer.os, "close", close)
     monkeypatch.setattr(block_writer.os, "pwrite", write_or_not)
     path = tmp_path / "file"
     # Blocks in any order, aligned ones and others beside each other, and a tail.

@@ -178,28 +178,79 @@ def test_a_full_disk_stops_a_conversion_that_can_be_continued(
     assert is_same(saved, tmp_path / "there")
 
 
-def test_what_was_begun_is_only_continued_as_it_was_begun(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def interrupted(
+    saved: Path, destination: Path, monkeypatch: pytest.MonkeyPatch, layout: str = "mp=4 mp_rows=4"
 ) -> None:
-    destination = tmp_path / "there"
+    """Begin a conversion on a disk that goes away in its middle."""
     calls: list[int] = []
 
-    def stop_after_sixty(file: int, data: Any, start: int) -> None:
+    def write_sixty(file: int, data: Any, start: int) -> None:
         calls.append(start)
         if len(calls) > 60:
             raise OSError(5, "the disk went away")
         os.pwrite(file, data, start)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mempar.runtime.checkpoint.block_writer.write_at", stop_after_sixty)
+        patch.setattr("mempar.runtime.checkpoint.block_writer.write_at", write_sixty)
         with pytest.raises(ConversionError, match="the disk went away"):
-            converted(saved, destination, "mp=4 mp_rows=4")
+            converted(saved, destination, layout)
+    assert len(destination.with_name("there.journal").read_bytes().splitlines()) > 3
+
+
+def test_what_was_begun_is_only_continued_as_it_was_begun(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination = tmp_path / "there"
+    interrupted(saved, destination, monkeypatch)
     with pytest.raises(ConfigError, match=r"journal exists: a conversion to .* was begun and did not end"):
         converted(saved, destination, "mp=4 mp_rows=4")
     with pytest.raises(ConfigError, match="belongs to another conversion"):
         converted(saved, destination, "mp=2 mp_rows=2", resume=True)
     converted(saved, destination, "mp=4 mp_rows=4", resume=True)
     assert is_same(saved, destination)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_what_was_begun_is_whole_or_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    destination = tmp_path / "there"
+    interrupted(saved, destination, monkeypatch)
+    # Somebody makes the destination in the meantime.
+    destination.mkdir()
+    with pytest.raises(ConfigError, match="there exists; a conversion makes a new directory"):
+        converted(saved, destination, "mp=4 mp_rows=4", resume=True)
+    assert list(destination.iterdir()) == []
+    destination.rmdir()
+    # Somebody removes what was done.
+    subprocess.run(["rm", "-r", tmp_path / "there.partial"], check=True)
+    with pytest.raises(ConfigError, match=r"there\.partial is gone"):
+        converted(saved, destination, "mp=4 mp_rows=4", resume=True)
+
+
+def test_a_conversion_that_was_killed_before_it_tidied_up_is_done(saved: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal.Journal, "close", lambda self, remove=False: os.close(self._file))
+        converted(saved, tmp_path / "there", "mp=2")
+    assert (tmp_path / "there.journal").exists()
+    converted(saved, tmp_path / "there", "mp=2", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_files_of_others_are_left_alone(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.partial").mkdir()
+    (tmp_path / "there.partial" / "thesis").write_text("x")
+    (tmp_path / "other.journal").write_text("a diary\nof mine\n")
+    for name, message in (("there", r"there\.partial exists"), ("other", "is no journal of a conversion")):
+        with pytest.raises(ConfigError, match=message):
+            converted(saved, tmp_path / name, "mp=2", resume=True)
+    assert (tmp_path / "there.partial" / "thesis").read_text() == "x"
+    assert (tmp_path / "other.journal").read_text() == "a diary\nof mine\n"
+    source = tmp_path / "mine.partial"
+    subprocess.run(["cp", "-r", saved, source], check=True)
+    for destination in (tmp_path / "mine", source / "inside", source / "tables" / "inside", tmp_path):
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match=r"or the other way round|exists"):
+                converted(source, destination, "mp=2", resume=resume)
+    assert is_same(saved, source)
 
 
 def test_two_conversions_do_not_write_to_one_place(saved: Path, tmp_path: Path) -> None:
@@ -324,4 +375,7 @@ def test_conversions_killed_at_fifty_moments_resume_to_the_same_digests(tmp_path
         "left": left,
         "unfinished": len(left) - left.count("whole"),
     }
+    # Most of them while it was at work.
+    at_work = [said for said in left if said not in ("whole", "0 jobs done")]
+    assert len(at_work) > len(left) / 2, left
     (RESULTS / f"convert-kill-soak-{today}.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -138,7 +138,7 @@ def test_weights_alone_begin_a_run_anew(dtype: str, pool: RankPool, tmp_path: Pa
     assert found.tensors.keys() == names
     if not dtype:
         assert all(found.tensors[name] == first.tensors[name] for name in names)
-    assert read_config(found).train.dtype == dtype or "float32"
+    assert read_config(found).train.dtype == (dtype or "float32")
     # Any optimizer of tables may follow, and masters begin as the weights.
     run = toy_run(kind="peer", optimizer="row_adagrad", dtype=dtype or "float32", mp=2, mp_rows=1)
     states = pool.run(2, load_anew, run, tmp_path / "there")

@@ -28,13 +28,13 @@ class BlockWriter:
     """A file that is there and is written into, by one thread."""
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY)
+        self._path = path
+        self._file: int | None = None
         self._direct: int | None = None
         try:
             self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
-                os.close(self._file)
                 raise
 
     def write(self, block: Tensor, start: int) -> None:
@@ -54,17 +54,24 @@ class BlockWriter:
                     raise
                 os.close(self._direct)
                 self._direct = None
-        write_at(self._file, data, start)
+        write_at(self._buffered(), data, start)
+
+    def _buffered(self) -> int:
+        if self._file is None:
+            self._file = os.open(self._path, os.O_WRONLY)
+        return self._file
 
     def sync(self) -> None:
         """Bring everything to the disk."""
-        os.fsync(self._file)
+        for file in (self._file, self._direct):
+            if file is not None:
+                os.fsync(file)
 
     def close(self) -> None:
         """Let go of the file."""
-        os.close(self._file)
-        if self._direct is not None:
-            os.close(self._direct)
+        for file in (self._file, self._direct):
+            if file is not None:
+                os.close(file)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

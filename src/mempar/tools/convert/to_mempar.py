@@ -7,21 +7,18 @@ one after the other: every job makes a file of its own for each rank.
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mempar.dims import even_cuts
 from mempar.errors import CheckpointError
 from mempar.runtime.checkpoint import shard_file, torch_dist
 from mempar.runtime.checkpoint.block_writer import BlockWriter, aligned_empty, write_at
-from mempar.runtime.checkpoint.boxes import Box, row_blocks
 from mempar.runtime.checkpoint.describing import describe
 from mempar.runtime.checkpoint.holdings import dense_shares, object_rank, table_of, table_shares
 from mempar.runtime.checkpoint.manifest import (
@@ -31,6 +28,8 @@ from mempar.runtime.checkpoint.manifest import (
     FileRecord,
     Manifest,
     TensorRecord,
+    checksum,
+    damaged,
     decode_piece,
     encode_piece,
 )
@@ -40,6 +39,7 @@ from mempar.runtime.checkpoint.torch_dist import RankFile
 from mempar.runtime.config import RunConfig
 from mempar.runtime.durable import sync
 from mempar.runtime.placement import Placement, place
+from mempar.tools.convert.bands import Span, band_box, bands, blocks_of, part_of, shaped, spread
 from mempar.tools.convert.megatron_common import common_of
 from mempar.tools.convert.plan import Advance, Job, Plan
 from mempar.tools.convert.source import Source
@@ -54,25 +54,6 @@ _COPIES = 3
 _SPARE_BYTES = 4096
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Span:
-    """Rows of a tensor, and what ranks save of it: parts by rank, with the rows of a block for a table's."""
-
-    name: str
-    record: TensorRecord
-    first: int
-    last: int
-    shares: list[tuple[int, Box, int]]
-
-    @property
-    def row_bytes(self) -> int:
-        return prod(self.record.shape[1:]) * getattr(torch, self.record.dtype).itemsize
-
-    @property
-    def num_bytes(self) -> int:
-        return (self.last - self.first) * self.row_bytes
-
-
 class ToMempar:
     """A conversion to a checkpoint of mempar's."""
 
@@ -85,7 +66,8 @@ class ToMempar:
             world: its ranks.
 
         Raises:
-            CheckpointError: when the source has tensors that the run has not.
+            ConfigError: when the layout does not fit the run.
+            CheckpointError: when the source is damaged.
         """
         self.source, self.run, self.world = source, run, world
         self.placement: Placement = place(run, world)
@@ -99,6 +81,7 @@ class ToMempar:
             for name, there in self.names.items()
         }
         self.megatron = source.megatron()
+        self.common = self._common()
         self.shards: dict[str, ShardFile] = {}
 
     def plan(self, memory_bytes: int) -> Plan:
@@ -106,7 +89,12 @@ class ToMempar:
 
         Args:
             memory_bytes: that a job may take.
+
+        Raises:
+            CheckpointError: when the source has what the run has not.
         """
+        for key in self.megatron.objects if self.megatron is not None else ():
+            object_rank(key, self.run, self.placement.grid)
         jobs = list(self._table_jobs()) + list(self._dense_jobs(memory_bytes))
         sizes = ", ".join(f"{name}={size}" for name, size in self.placement.grid.sizes.items() if size > 1)
         kind = "distributed" if self.run.parallel.distributed_optimizer else "plain"
@@ -116,6 +104,13 @@ class ToMempar:
             prepare=self._prepare,
             finish=self._finish,
         )
+
+    def _common(self) -> bytes:
+        try:
+            return bytes(torch_dist.saved(common_of(self.megatron, self.run, self.tensors)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            path = self.source.root / torch_dist.DIRECTORY / "common.pt"
+            raise damaged(path, f"it is not what megatron saves ({type(error).__name__})") from None
 
     def _table_jobs(self) -> Iterator[Job]:
         for name, record in self.tensors.items():
@@ -127,15 +122,15 @@ class ToMempar:
             ]
             self.shards |= {shard_file.path_of(share): ShardFile(share) for _, share, _ in shares}
             block = shares[0][2]
-            whole = _Span(name=name, record=record, first=0, last=record.shape[0], shares=shares)
+            whole = Span(name=name, record=record, first=0, last=record.shape[0], shares=shares)
             job_bytes = min(_JOB_BYTES, whole.num_bytes // _LEAST_JOBS)
             rows = max(1, job_bytes // max(1, block * whole.row_bytes)) * block
-            for first in _spread(range(0, whole.last, rows), self.placement.grid.mp_rows):
+            for first in spread(range(0, whole.last, rows), self.placement.grid.mp_rows):
                 span = replace(whole, first=first, last=min(whole.last, first + rows))
-                yield self._job(f"{name} {first}", [span], min(block, span.last - first))
+                yield self._job(f"{name} {first} {span.last}", [span], min(block, span.last - first))
 
     def _dense_jobs(self, memory_bytes: int) -> Iterator[Job]:
-        waiting: list[_Span] = []
+        waiting: list[Span] = []
         number = itertools.count()
         for name, record in self.tensors.items():
             if table_of(name, self.run) is not None:
@@ -145,18 +140,23 @@ class ToMempar:
                 for rank, boxes in dense_shares(name, record, self.run, self.placement.grid).items()
                 for share in boxes
             ]
-            whole = _Span(name=name, record=record, first=0, last=(record.shape or (1,))[0], shares=shares)
-            for first, last in _bands(
+            whole = Span(name=name, record=record, first=0, last=(record.shape or (1,))[0], shares=shares)
+            for first, last in bands(
                 self.source.cuts(self.names[name]), whole.row_bytes, memory_bytes // (2 * _COPIES)
             ):
                 waiting.append(replace(whole, first=first, last=last))
                 if sum(span.num_bytes for span in waiting) >= _JOB_BYTES:
-                    yield self._job(f"dense {next(number)}", waiting)
+                    yield self._dense_job(next(number), waiting)
                     waiting = []
         if waiting:
-            yield self._job(f"dense {next(number)}", waiting)
+            yield self._dense_job(next(number), waiting)
 
-    def _job(self, key: str, spans: list[_Span], band_rows: int = 0) -> Job:
+    def _dense_job(self, number: int, spans: list[Span]) -> Job:
+        # All of it: how much goes into a job depends on the memory there is.
+        rows = " ".join(f"{span.name}:{span.first}-{span.last}" for span in spans)
+        return self._job(f"dense {number} {checksum(rows.encode())}", spans)
+
+    def _job(self, key: str, spans: list[Span], band_rows: int = 0) -> Job:
         num_bytes = sum(span.num_bytes for span in spans)
         peak = max(self._peak(span, band_rows) for span in spans)
         files = len({rank for span in spans for rank, _, _ in span.shares})
@@ -174,11 +174,12 @@ class ToMempar:
             run=run,
         )
 
-    def _peak(self, span: _Span, band_rows: int) -> int:
+    def _peak(self, span: Span, band_rows: int) -> int:
         """Bytes of memory that a band takes: itself, what is copied of it on the way out, what the source keeps."""
         name = self.names[span.name]
         if not band_rows:
-            return _COPIES * span.num_bytes + self.source.memory_bytes(name, at_cuts=True)
+            # Reading is over when it is written.
+            return span.num_bytes + max(self.source.memory_bytes(name, at_cuts=True), (_COPIES - 1) * span.num_bytes)
         at_cuts = set(range(span.first, span.last, band_rows)) <= set(self.source.cuts(name))
         reading = self.source.memory_bytes(name, at_cuts=at_cuts)
         widths = (share.sizes[1] if len(share.sizes) > 1 else 0 for _, share, _ in span.shares)
@@ -195,8 +196,11 @@ class ToMempar:
                 write_at(file, shard.header, 0)
             finally:
                 os.close(file)
+        # What the journal says is done must have its name after a crash of the machine, too.
+        for path, _, _ in os.walk(directory):
+            sync(Path(path))
 
-    def _write_table(self, directory: Path, span: _Span, band_rows: int, advance: Advance) -> Any:
+    def _write_table(self, directory: Path, span: Span, band_rows: int, advance: Advance) -> Any:
         """Write the row blocks of a range of rows; the result has pieces by file, and the range's digest."""
         pieces: dict[str, list[Any]] = {}
         digest = 0
@@ -206,18 +210,18 @@ class ToMempar:
             rows = stack.enter_context(self.source.stream(self.names[span.name], span.first, span.last))
             files: dict[str, BlockWriter] = {}
             for first in range(span.first, span.last, band_rows):
-                band = _band(span, first, min(span.last, first + band_rows))
-                numbers = _shaped(room, band.sizes, dtype)
+                band = band_box(span, first, min(span.last, first + band_rows))
+                numbers = shaped(room, band.sizes, dtype)
                 rows.read(numbers)
                 for _, share, block_rows in span.shares:
                     shard = self.shards[shard_file.path_of(share)]
-                    for block in _blocks(share, band, block_rows):
+                    for block in blocks_of(share, band, block_rows):
                         if shard.path not in files:
                             files[shard.path] = BlockWriter(directory / shard.path)
                             stack.callback(files[shard.path].close)
-                        part = _part(numbers, band, block)
+                        part = part_of(numbers, band, block)
                         if not part.is_contiguous():
-                            part = _shaped(room_of_part, block.sizes, dtype).copy_(part)
+                            part = shaped(room_of_part, block.sizes, dtype).copy_(part)
                         piece, part_digest = shard.piece_of(block, part)
                         files[shard.path].write(part, piece.start)
                         pieces.setdefault(shard.path, []).append(encode_piece(piece))
@@ -227,7 +231,7 @@ class ToMempar:
                 file.sync()
         return {"pieces": pieces, "digests": {span.name: digest % 2**64}}
 
-    def _write_dense(self, directory: Path, number: int, spans: list[_Span], advance: Advance) -> Any:
+    def _write_dense(self, directory: Path, number: int, spans: list[Span], advance: Advance) -> Any:
         """Write a file for every rank that saves a part of these tensors."""
         digests: dict[str, int] = {}
         with ExitStack() as stack:
@@ -245,7 +249,7 @@ class ToMempar:
                 for key, data in self.megatron.objects.items():
                     file_of(object_rank(key, self.run, self.placement.grid)).add_object(key, data)
             for span in spans:
-                band = _band(span, span.first, span.last)
+                band = band_box(span, span.first, span.last)
                 numbers = torch.empty(band.sizes, dtype=getattr(torch, band.dtype))
                 if band.shape:
                     with self.source.stream(self.names[span.name], span.first, span.last) as rows:
@@ -253,15 +257,17 @@ class ToMempar:
                 else:
                     self.source.read(replace(band, name=self.names[span.name]), numbers)
                 for rank, share, _ in span.shares:
-                    for part in _blocks(share, band, max(1, span.last)):
+                    itemsize, block_bytes = numbers.element_size(), self.run.checkpoint.block_bytes
+                    for part in blocks_of(share, band, torch_dist.rows_of(share, itemsize, block_bytes)):
                         digest = file_of(rank).add_tensor(
-                            part, _part(numbers, band, part).clone(memory_format=torch.contiguous_format)
+                            part, part_of(numbers, band, part).clone(memory_format=torch.contiguous_format)
                         )
                         digests[span.name] = (digests.get(span.name, 0) + digest) % 2**64
                 advance(span.num_bytes)
         records = [file.record for file in files.values()]
         for record in records:
             sync(directory / record.path)
+        sync(directory / torch_dist.DIRECTORY)
         pieces = {record.path: [encode_piece(piece) for piece in record.pieces] for record in records}
         return {"pieces": pieces, "digests": digests}
 
@@ -279,7 +285,6 @@ class ToMempar:
         files = [self._record(path, found) for path, found in sorted(pieces.items())]
         for path in (CONFIG, MANIFEST, *torch_dist.DESCRIPTION):
             (directory / path).unlink(missing_ok=True)
-        common = common_of(self.megatron, self.run, tensors)
         describe(
             directory,
             Manifest(
@@ -290,7 +295,7 @@ class ToMempar:
                 files={record.path: record for record in files},
             ),
             self.run,
-            bytes(torch_dist.saved(common)),
+            self.common,
         )
 
     def _record(self, path: str, found: list[Any]) -> FileRecord:
@@ -319,53 +324,3 @@ class ToMempar:
                     f"{name} has another digest than in {self.source.root}; a conversion changes no number; the source "
                     "was changed while it was read, or its manifest is wrong: look at it with `mempar verify`."
                 )
-
-
-def _spread(firsts: Sequence[int], parts: int) -> Iterator[int]:
-    """Take from several stretches in turn: those who write at the same time to one file wait for each other."""
-    cuts = even_cuts(len(firsts), parts)
-    for of_parts in itertools.zip_longest(*(firsts[start:stop] for start, stop in itertools.pairwise(cuts))):
-        yield from (first for first in of_parts if first is not None)
-
-
-def _bands(cuts: list[int], row_bytes: int, band_bytes: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows between cuts, as long as a band may be, and one at least."""
-    start = 0
-    for cut, after in itertools.pairwise([*cuts, cuts[-1]]):
-        if cut > start and (after == cut or (after - start) * row_bytes > band_bytes):
-            yield start, cut
-            start = cut
-    if cuts == [0]:
-        yield 0, 1
-
-
-def _band(span: _Span, first: int, last: int) -> Box:
-    shape = span.record.shape
-    return Box(
-        name=span.name,
-        dtype=span.record.dtype,
-        shape=shape,
-        offset=(first, *(0 for _ in shape[1:])) if shape else (),
-        sizes=(last - first, *shape[1:]) if shape else (),
-    )
-
-
-def _blocks(share: Box, band: Box, block_rows: int) -> Iterator[Box]:
-    """What a rank's part and a band have in common, cut in row blocks."""
-    meeting = share.overlap(band)
-    if meeting is None:
-        return
-    mine, _ = meeting
-    offset = tuple(at + part.start for at, part in zip(share.offset, mine, strict=True))
-    sizes = tuple(part.stop - part.start for part in mine)
-    yield from row_blocks(replace(share, offset=offset, sizes=sizes), block_rows)
-
-
-def _part(numbers: Tensor, band: Box, block: Box) -> Tensor:
-    mine, _ = band.overlap(block) or ((), ())
-    return numbers[mine]
-
-
-def _shaped(room: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor at the beginning of some room."""
-    return room[: prod(sizes) * dtype.itemsize].view(dtype).view(sizes)
