@@ -54,19 +54,11 @@ def convert(
         ConfigError: for bad input, before anything is written.
         CheckpointError: when the source is none, or damaged.
     """
-    if dtype and not weights_only:
-        raise ConfigError(
-            f"--dtype {dtype} without --weights-only: the state of optimizers belongs to weights in their precision; "
-            "add --weights-only, or leave the precision as it is."
-        )
-    if workers is not None and workers < 1:
-        raise ConfigError(f"--workers {workers} does nothing; at least one does; raise it.")
+    _check(destination, weights_only=weights_only, dtype=dtype, workers=workers)
     # While some wait for the disk, others turn rows round.
     count, limit = workers or 2 * len(os.sched_getaffinity(0)), parse_size(max_memory)
     added = [assignment for assignment in assignments if assignment.startswith("memory.")]
     layout = [assignment for assignment in assignments if assignment not in added]
-    if not destination.name:
-        raise ConfigError(f"{destination} has no name of its own to make; name a directory that is not there yet.")
     try:
         tensors = _tensors(source, added, weights_only=weights_only, dtype=dtype)
         plan, what = plan_to(form, tensors, layout, limit // count)
@@ -87,6 +79,18 @@ def convert(
         return
     conversion.run(resume=resume)
     say(f"{destination} is whole: {plan.what}")
+
+
+def _check(destination: Path, *, weights_only: bool, dtype: str, workers: int | None) -> None:
+    if dtype and not weights_only:
+        raise ConfigError(
+            f"--dtype {dtype} without --weights-only: the state of optimizers belongs to weights in their precision; "
+            "add --weights-only, or leave the precision as it is."
+        )
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers} does nothing; at least one does; raise it.")
+    if not destination.name:
+        raise ConfigError(f"{destination} has no name of its own to make; name a directory that is not there yet.")
 
 
 def parse_size(text: str) -> int:
