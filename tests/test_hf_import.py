@@ -246,7 +246,12 @@ def with_norm(**entry: Any) -> Callable[[Path], None]:
 
 
 def indexed(index: Any) -> Callable[[Path], None]:
-    return lambda root: (root / WEIGHTS_INDEX).write_text(json.dumps(index))  # type: ignore[return-value]
+    def damage(root: Path) -> None:
+        # Beside a single file nobody reads an index.
+        (root / "model.safetensors").rename(root / "model-1.safetensors")
+        (root / WEIGHTS_INDEX).write_text(json.dumps(index))
+
+    return damage
 
 
 def as_pickle(root: Path) -> None:
@@ -272,9 +277,9 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "deep": (lambda root: (root / "config.json").write_text("[" * 100000), "it is no JSON"),
     "path": (indexed({"weight_map": {"model.norm.weight": "../llama/model.safetensors"}}), "no name of a file in it"),
     "other-file": (indexed({"weight_map": {"model.norm.weight": "config.json"}}), "which are in .safetensors files"),
-    "wrong-map": (indexed({"weight_map": {"lm_head": "model.safetensors"}}), "holds 'lm_head', which is not so"),
+    "wrong-map": (indexed({"weight_map": {"lm_head": "model-1.safetensors"}}), "holds 'lm_head', which is not so"),
     "no-map": (indexed({"weight_map": 3}), "does not name a file for each tensor"),
-    "absent": (indexed({"weight_map": {"model.norm.weight": "model.safetensors"}}), "is absent, but [96, 32]"),
+    "absent": (indexed({"weight_map": {"model.norm.weight": "model-1.safetensors"}}), "is absent, but [96, 32]"),
     "control-characters": (indexed({"weight_map": {"a": "\x1b.safetensors"}}), "'\\x1b.safetensors'"),
 }
 

@@ -16,6 +16,8 @@ from mempar.runtime.data.encoders import load_encoder
 from mempar.runtime.data.tokenizer import BYTE_VOCAB, TokenizerSpec, parse_spec
 
 END = "<|endoftext|>"
+# Version 4 of transformers would make token_type_ids too, which these models do not take.
+_INPUTS = ["input_ids", "attention_mask"]
 # What stands beside a tokenizer.json, as far as it says something about text.
 _NEIGHBOURS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -90,6 +92,7 @@ def byte_files(max_length: int) -> dict[str, bytes]:
         "pad_token": END,
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": _INPUTS,
     }
     return {"tokenizer.json": _json(description), "tokenizer_config.json": _json(config)}
 
@@ -109,7 +112,9 @@ def _hf_files(spec: TokenizerSpec) -> TokenizerFiles:
     eod = load_encoder(TokenizerSpec("hf", str(path))).eod
     others = [other for name in _NEIGHBOURS if (other := path.with_name(name)).is_file()]
     files = {"tokenizer.json": path.read_bytes()} | {other.name: other.read_bytes() for other in others}
-    files.setdefault("tokenizer_config.json", _json({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    files.setdefault(
+        "tokenizer_config.json", _json({"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": _INPUTS})
+    )
     return TokenizerFiles(files=files, eod=eod)
 
 
