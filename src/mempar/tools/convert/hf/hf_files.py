@@ -10,7 +10,7 @@ from mempar.errors import CheckpointError
 from mempar.tools.convert.hf.safetensors_file import SUFFIX, Entry, FileLayout, open_plain, read_layout
 from mempar.tools.convert.hf.to_hf import DIGESTS, TABLES_INDEX, TAG, WEIGHTS_INDEX
 
-_CONFIG, _SINGLE = "config.json", "model.safetensors"
+_CONFIG, _GENERATION, _SINGLE = "config.json", "generation_config.json", "model.safetensors"
 # Far more than any index or config has.
 _LARGEST_BYTES = 1 << 26
 
@@ -33,6 +33,7 @@ class ModelFiles:
 
     Attributes:
         config: the content of config.json.
+        generation: the content of generation_config.json; empty where there is none.
         dense: where the tensors of the model lie, by name.
         tables: where the blocks of its tables lie, by name.
         digests: of our tensors, by name; None unless the files are those that were exported with them.
@@ -47,11 +48,13 @@ class ModelFiles:
         """
         self.root = root
         self.config = self._json(_CONFIG)
+        self.generation = self._json(_GENERATION) if (root / _GENERATION).exists() else {}
         self._layouts: dict[str, FileLayout] = {}
         self.dense = self._dense()
         self.tables = self._indexed(TABLES_INDEX) if (root / TABLES_INDEX).exists() else {}
         self.digests = self._digests()
-        self.identity = json.dumps([self.config, [self._state(name) for name in sorted(self._layouts)]], sort_keys=True)
+        states = [self._state(name) for name in sorted(self._layouts)]
+        self.identity = json.dumps([self.config, self.generation, states], sort_keys=True)
 
     def _dense(self) -> dict[str, Place]:
         # Where there are both, transformers loads the single file.

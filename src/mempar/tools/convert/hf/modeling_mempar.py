@@ -83,8 +83,7 @@ class MappedTable:
         self.blocks = sorted(blocks, key=lambda rows: rows.first)
         self.width, self.dtype = self.blocks[0].shape[1], self.blocks[0].dtype
         self.num_slots = sum(rows.shape[0] for rows in blocks)
-        self.starts = [rows.first for rows in self.blocks]
-        whole = self.starts == [0, *(rows.first + rows.shape[0] for rows in self.blocks[:-1])]
+        whole = [rows.first for rows in self.blocks] == [0, *(rows.first + rows.shape[0] for rows in self.blocks[:-1])]
         if not whole or any((rows.shape[1], rows.dtype) != (self.width, self.dtype) for rows in blocks):
             raise ValueError(f"{self.blocks[0].path} and its like do not make up a table: rows are missing or unlike.")
         self._mapped: list[Tensor] = []
@@ -147,9 +146,9 @@ def _blocks_of_file(path: str, firsts: dict[str, int]) -> dict[str, _Rows]:
 
 
 def _partial(path: str) -> str:
-    if os.path.lexists(path + ".partial"):
-        os.remove(path + ".partial")
-    return path + ".partial"
+    if os.path.lexists(partial := path + ".partial"):
+        os.remove(partial)
+    return partial
 
 
 class MemoryLayer(nn.Module):
@@ -395,8 +394,7 @@ class MemparForCausalLM(LlamaForCausalLM):
                 os.replace(partial, copy)
         if blocks:
             index = os.path.join(save_directory, TABLES_INDEX)
+            weight_map = {name: os.path.basename(path) for name, path in blocks.items()}
             with open(partial := _partial(index), "w", encoding="utf-8") as file:
-                json.dump(
-                    {"metadata": {}, "weight_map": {n: os.path.basename(p) for n, p in blocks.items()}}, file, indent=2
-                )
+                json.dump({"metadata": {}, "weight_map": weight_map}, file, indent=2)
             os.replace(partial, index)
