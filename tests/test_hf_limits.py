@@ -133,6 +133,7 @@ def test_exports_with_such_counts_are_refused_too(
     def change(config: dict[str, Any]) -> None:
         config["mempar"]["run"][section].update(settings)
         if section == "moe":
+            config["memories"] = []
             config["experts"] = {"layers": [0, 1], "num_experts": 10**8, "top_k": 2, "intermediate_size": 8}
 
     rewrite(tmp_path / "hf" / "config.json", change)
@@ -193,7 +194,8 @@ def test_saving_over_tables_leaves_those_who_mapped_them_alone(tmp_path: Path) -
     for number, root in enumerate(roots):
         source = WithMemory(HfSource(make_llama(tmp_path / str(number))), MEMORY)
         carry_out(plan_hf(source, memory_bytes=1 << 16), root)
-    first, second = (AutoModelForCausalLM.from_pretrained(root, trust_remote_code=True) for root in roots)
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(root, trust_remote_code=True) for root in roots]
+    first, second = models
     (table,) = [path.name for path in roots[1].glob("tables-*")]
     elsewhere = tmp_path / "elsewhere"
     (roots[1] / table).rename(elsewhere)
