@@ -192,7 +192,7 @@ def test_parameters_of_different_steps_are_refused(universal: Path) -> None:
     torch.save(3, path)
     with pytest.raises(CheckpointError, match=r"says 2 updates and .*memory\.values/step\.pt 3; .*updated alike"):
         DeepSpeedSource(universal)
-    for value in ("three", -1, 2.5, True, torch.zeros(2)):
+    for value in ("three", -1, 2.5, True, torch.zeros(2), float("inf"), float("nan"), torch.tensor(1e300)):
         torch.save(value, path)
         with pytest.raises(CheckpointError, match=r"step\.pt is damaged: it holds no number of updates"):
             DeepSpeedSource(universal)

@@ -190,7 +190,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no-size": ({"hidden_size": "wide"}, "hidden_size='wide'"),
     "no-epsilon": ({"rms_norm_eps": -1}, "rms_norm_eps=-1"),
     "other-size": ({"intermediate_size": 48}, "model.layers.0.mlp.gate_proj.weight is [40, 32], but [48, 32]"),
-    "more-blocks": ({"num_hidden_layers": 4}, "model.layers.3.input_layernorm.weight is absent, but [32]"),
+    "more-blocks": ({"num_hidden_layers": 4}, "model.layers.3.self_attn.k_proj.weight is absent, but [16, 32]"),
     "fewer-blocks": ({"num_hidden_layers": 2}, "model.layers.2"),
     "odd-groups": ({"num_key_value_heads": 3}, "num_query_groups=3"),
     "no-run": ({"mempar": {"progress": {}, "run": {"model": {"layers": 3}}}}, "'model.layers' is not a setting"),
@@ -246,7 +246,12 @@ def with_norm(**entry: Any) -> Callable[[Path], None]:
 
 
 def indexed(index: Any) -> Callable[[Path], None]:
-    return lambda root: (root / WEIGHTS_INDEX).write_text(json.dumps(index))  # type: ignore[return-value]
+    def damage(root: Path) -> None:
+        # Beside a single file nobody reads an index.
+        (root / "model.safetensors").rename(root / "model-1.safetensors")
+        (root / WEIGHTS_INDEX).write_text(json.dumps(index))
+
+    return damage
 
 
 def as_pickle(root: Path) -> None:
@@ -257,6 +262,7 @@ def missing(root: Path) -> None:
     (root / "config.json").unlink()
 
 
+NORMS = ["model.norm.weight", *(f"model.layers.{layer}.input_layernorm.weight" for layer in range(3))]
 DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut-short": (damaged_model(lambda raw, _: raw[:-4]), "does not lie at"),
     "empty": (damaged_model(lambda raw, _: b""), "its header has 0 bytes and the file 0"),
@@ -272,9 +278,9 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "deep": (lambda root: (root / "config.json").write_text("[" * 100000), "it is no JSON"),
     "path": (indexed({"weight_map": {"model.norm.weight": "../llama/model.safetensors"}}), "no name of a file in it"),
     "other-file": (indexed({"weight_map": {"model.norm.weight": "config.json"}}), "which are in .safetensors files"),
-    "wrong-map": (indexed({"weight_map": {"lm_head": "model.safetensors"}}), "holds 'lm_head', which is not so"),
+    "wrong-map": (indexed({"weight_map": {"lm_head": "model-1.safetensors"}}), "holds 'lm_head', which is not so"),
     "no-map": (indexed({"weight_map": 3}), "does not name a file for each tensor"),
-    "absent": (indexed({"weight_map": {"model.norm.weight": "model.safetensors"}}), "is absent, but [96, 32]"),
+    "absent": (indexed({"weight_map": dict.fromkeys(NORMS, "model-1.safetensors")}), "is absent, but [96, 32]"),
     "control-characters": (indexed({"weight_map": {"a": "\x1b.safetensors"}}), "'\\x1b.safetensors'"),
 }
 

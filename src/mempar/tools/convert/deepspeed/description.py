@@ -151,6 +151,8 @@ def _blocks(cuts: list[int], crcs: list[int]) -> Blocks:
 def _read_config(root: Path, wanted: str) -> RunConfig:
     path = root / CONFIG
     try:
+        if not stat.S_ISREG(path.lstat().st_mode) or path.stat().st_size > _LARGEST_BYTES:
+            raise _damaged(path, f"it is no plain file of at most {_LARGEST_BYTES} bytes")
         found = checksum(path.read_bytes())
     except OSError as error:
         raise _damaged(path, f"it cannot be read ({error.strerror})") from None

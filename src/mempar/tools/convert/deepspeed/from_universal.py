@@ -35,6 +35,8 @@ from mempar.tools.convert.source import RowStream
 # Bytes read at a time where they are only checked, and rows together in files without blocks of ours.
 _CHUNK_BYTES = 1 << 23
 _LONGEST_NAME = 255
+# Of whole numbers that a float tells apart; neither infinity nor what is no number is below.
+_MOST_UPDATES = 1 << 53
 
 
 @dataclass(kw_only=True)
@@ -254,6 +256,7 @@ def _folder(root: Path) -> Path:
 def _whole_number(path: Path, value: Any) -> int:
     if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu":
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 0:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < _MOST_UPDATES or value != int(value):
         raise damaged(path, "it holds no number of updates")
     return int(value)

@@ -7,6 +7,7 @@ model_files           config.json and the model card
 tokenizer_files       the tokenizer, as far as there is one that transformers can load
 to_hf, from_hf        the way there, and the way back
 llama_config          the settings of a Llama as those of a run
+kept_settings         what a Llama says beside them, for an export to say again
 """
 
 from mempar.tools.convert.hf.from_hf import HfSource

@@ -21,6 +21,7 @@ from mempar.runtime.checkpoint.manifest import WEIGHTS, TensorRecord, checksum
 from mempar.runtime.config import RunConfig
 from mempar.runtime.overrides import from_mapping
 from mempar.tools.convert.hf.hf_files import ModelFiles, Place
+from mempar.tools.convert.hf.kept_settings import settings_to_keep
 from mempar.tools.convert.hf.llama_config import check_settings, llama_run
 from mempar.tools.convert.hf.model_files import OURS
 from mempar.tools.convert.hf.safetensors_file import CHUNK_BYTES, read_numbers
@@ -69,15 +70,15 @@ class HfSource:
         dtype = _widest(files, [name for name in files.dense if parse_rows_name(name) is None])
         if described is None:
             _check_kind(root, files.config)
+            _check_counts(root, files, files.config.get("num_hidden_layers"))
             self.run = llama_run(files.config, root, _TRAINED[dtype])
             self.progress: dict[str, Any] = {"step": 0, "applied_steps": 0}
         else:
-            self.run, self.progress = _described(root, described)
+            self.run, self.progress = _described(root, files, described)
             check_settings(files.config, root, self.run)
-        self.about: dict[str, Any] = {}
         self._pieces: dict[str, list[_Piece]] = {}
         self.run = _with_dtypes(self.run, _TRAINED[dtype], self._find_tables(files))
-        self._find_dense(files)
+        self.about = settings_to_keep(files.config, files.generation, self._find_dense(files))
         self.has_digests = files.digests is not None and self._pieces.keys() <= files.digests.keys()
         self.tensors: Mapping[str, TensorRecord] = {
             name: TensorRecord(
@@ -118,10 +119,10 @@ class HfSource:
     def megatron(self) -> None:
         """See `Source`."""
 
-    def _find_dense(self, files: ModelFiles) -> None:
-        embedding = files.dense.get(HF_EMBEDDING)
-        shape = () if embedding is None else embedding.entry.shape
-        rows = shape[0] if shape else self.run.model.padded_vocab(0)
+    def _find_dense(self, files: ModelFiles) -> int:
+        """Find the parts of all tensors but tables; returns the rows of the embedding."""
+        _check_sizes(self.root, files, self.run)
+        rows = files.dense[HF_EMBEDDING].entry.shape[0]
         tensors = dense_tensors(self.run, rows)
         wanted = {tensor.name: tensor for tensor in tensors}
         _check_shapes(self.root, files, wanted, tied=self.run.model.tie_embeddings)
@@ -137,6 +138,7 @@ class HfSource:
                 found = _Piece(box=replace(piece, dtype=dtype), place=files.dense[tensor.name], first_element=first)
                 self._pieces.setdefault(piece.name, []).append(found)
                 first += piece.num_elements
+        return rows
 
     def _find_tables(self, files: ModelFiles) -> dict[str, str]:
         """Find the blocks of all tables; returns the tables' types, as a run has them."""
@@ -223,7 +225,7 @@ def _check_kind(root: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _described(root: Path, described: Any) -> tuple[RunConfig, dict[str, Any]]:
+def _described(root: Path, files: ModelFiles, described: Any) -> tuple[RunConfig, dict[str, Any]]:
     """The run and its progress as an export of ours has them."""
     path = root / "config.json"
     progress = described.get("progress") if isinstance(described, dict) else None
@@ -232,7 +234,39 @@ def _described(root: Path, described: Any) -> tuple[RunConfig, dict[str, Any]]:
             f"{path} does not say how far the run was ({OURS}.progress); mempar wrote whole numbers there; export the "
             "model again."
         )
-    return from_mapping(described.get("run"), path), {"step": 0, "applied_steps": 0, **progress}
+    run = described.get("run")
+    model = run.get("model") if isinstance(run, dict) else None
+    _check_counts(root, files, model.get("num_layers") if isinstance(model, dict) else None)
+    return from_mapping(run, path), {"step": 0, "applied_steps": 0, **progress}
+
+
+def _check_counts(root: Path, files: ModelFiles, layers: Any, experts: int = 1) -> None:
+    """Check that a model has no more layers than tensors, before anything is done for each of them."""
+    # What is no number is refused where settings are read.
+    if isinstance(layers, int | float | str) and not (type(layers) is int and layers * experts <= len(files.dense)):
+        wanted = f"{layers!r} layers" + (f" of {experts} experts" if experts > 1 else "")
+        raise CheckpointError(
+            f"{root} holds {len(files.dense)} tensors for the {wanted} of its config.json; each has its own; fetch "
+            "or export it again."
+        )
+
+
+def _check_sizes(root: Path, files: ModelFiles, run: RunConfig) -> None:
+    """Check what decides into how many parts tensors are cut, before they are."""
+    width, head = run.model.hidden_size, run.model.hidden_size // run.model.num_attention_heads
+    _check_counts(root, files, run.model.num_layers)
+    if run.moe.enabled:
+        _check_counts(root, files, len(run.moe_layers), run.moe.num_experts)
+    embedding = files.dense.get(HF_EMBEDDING)
+    held = () if embedding is None else embedding.entry.shape
+    if len(held) != 2 or held[1] != width:
+        wanted = str([run.model.padded_vocab(0), width])
+        raise _unlike(root, HF_EMBEDDING, wanted, "absent" if embedding is None else str(list(held)))
+    for layer in range(run.model.num_layers):
+        name, shape = f"model.layers.{layer}.self_attn.k_proj.weight", (run.model.query_groups * head, width)
+        keys = files.dense.get(name)
+        if keys is None or keys.entry.shape != shape:
+            raise _unlike(root, name, str(list(shape)), "absent" if keys is None else str(list(keys.entry.shape)))
 
 
 def _check_shapes(root: Path, files: ModelFiles, wanted: dict[str, HfTensor], *, tied: bool) -> None:

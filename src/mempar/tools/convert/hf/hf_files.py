@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mempar.errors import CheckpointError
-from mempar.tools.convert.hf.safetensors_file import SUFFIX, Entry, FileLayout, read_layout
+from mempar.tools.convert.hf.safetensors_file import SUFFIX, Entry, FileLayout, open_plain, read_layout
 from mempar.tools.convert.hf.to_hf import DIGESTS, TABLES_INDEX, TAG, WEIGHTS_INDEX
 
-_CONFIG, _SINGLE = "config.json", "model.safetensors"
+_CONFIG, _GENERATION, _SINGLE = "config.json", "generation_config.json", "model.safetensors"
 # Far more than any index or config has.
-_LARGEST_BYTES = 1 << 28
+_LARGEST_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class ModelFiles:
 
     Attributes:
         config: the content of config.json.
+        generation: the content of generation_config.json; empty where there is none.
         dense: where the tensors of the model lie, by name.
         tables: where the blocks of its tables lie, by name.
         digests: of our tensors, by name; None unless the files are those that were exported with them.
@@ -47,18 +48,21 @@ class ModelFiles:
         """
         self.root = root
         self.config = self._json(_CONFIG)
+        self.generation = self._json(_GENERATION) if (root / _GENERATION).exists() else {}
         self._layouts: dict[str, FileLayout] = {}
         self.dense = self._dense()
         self.tables = self._indexed(TABLES_INDEX) if (root / TABLES_INDEX).exists() else {}
         self.digests = self._digests()
-        self.identity = json.dumps([self.config, [self._state(name) for name in sorted(self._layouts)]], sort_keys=True)
+        states = [self._state(name) for name in sorted(self._layouts)]
+        self.identity = json.dumps([self.config, self.generation, states], sort_keys=True)
 
     def _dense(self) -> dict[str, Place]:
-        if (self.root / WEIGHTS_INDEX).exists():
-            return self._indexed(WEIGHTS_INDEX)
+        # Where there are both, transformers loads the single file.
         if (self.root / _SINGLE).exists():
             layout = self._layout(_SINGLE)
             return {name: Place(name=name, layout=layout) for name in layout.entries}
+        if (self.root / WEIGHTS_INDEX).exists():
+            return self._indexed(WEIGHTS_INDEX)
         others = sorted(path.name for path in self.root.glob("*.bin")) + sorted(p.name for p in self.root.glob("*.pt*"))
         found = f"only {others[0]}, a pickle, which would run what it says" if others else "none"
         raise CheckpointError(
@@ -101,9 +105,10 @@ class ModelFiles:
     def _json(self, file_name: str) -> dict[str, Any]:
         path = self._inside(file_name)
         try:
-            if path.stat().st_size > _LARGEST_BYTES:
-                raise _damaged(path, f"it has more than {_LARGEST_BYTES} bytes")
-            content = json.loads(path.read_bytes())
+            with open_plain(path) as file:
+                if os.fstat(file.fileno()).st_size > _LARGEST_BYTES:
+                    raise _damaged(path, f"it has more than {_LARGEST_BYTES} bytes")
+                content = json.loads(file.read())
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error.strerror}); a model of transformers' is a directory with a config.json "

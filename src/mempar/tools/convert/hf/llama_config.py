@@ -10,7 +10,6 @@ from typing import Any
 
 from mempar.errors import CheckpointError, ConfigError
 from mempar.runtime.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from mempar.runtime.data.tokenizer import BYTE_VOCAB
 from mempar.tools.convert.hf.model_files import settings_of
 
 # Settings that say the same as their absence.
@@ -38,6 +37,8 @@ _COMPUTED = (
 )
 _DEFAULT_ROTARY_BASE = 10000.0
 _MOST_VOCAB_MULTIPLE = 128
+# Whatever is larger is no size of anything, and cannot be divided as a float.
+_LARGEST_NUMBER = 1 << 53
 
 
 def llama_run(config: dict[str, Any], root: Path, dtype: str) -> RunConfig:
@@ -79,8 +80,10 @@ def llama_run(config: dict[str, Any], root: Path, dtype: str) -> RunConfig:
                 dtype=dtype,
                 seq_length=min(TrainConfig().seq_length, int(_real(config, root, "max_position_embeddings"))),
             ),
-            data=DataConfig(tokenizer=_tokenizer(root, vocab_size)),
+            data=DataConfig(tokenizer=_tokenizer(root)),
         )
+    except CheckpointError:
+        raise
     except ConfigError as error:
         raise CheckpointError(f"{root / 'config.json'} describes no model of ours: {error}") from None
 
@@ -117,26 +120,24 @@ def _rotary_base(config: dict[str, Any], root: Path) -> int:
     return int(base)
 
 
-def _tokenizer(root: Path, vocab_size: int) -> str:
+def _tokenizer(root: Path) -> str:
     root = root.absolute()
-    if (root / "tokenizer.json").is_file():
-        return f"hf:{root}"
-    if (root / "tokenizer.model").is_file():
+    if not (root / "tokenizer.json").is_file() and (root / "tokenizer.model").is_file():
         return f"sentencepiece:{root / 'tokenizer.model'}"
-    # Whose it is then is for the run that continues the model to say; a tokenizer has no more tokens than the model.
-    return "byte" if vocab_size >= BYTE_VOCAB else f"hf:{root}"
+    # Where there is none, whose it is is for the run that continues the model to say: none of ours is.
+    return f"hf:{root}"
 
 
 def _number(config: dict[str, Any], root: Path, name: str) -> int:
     value = config.get(name)
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 0 < value < _LARGEST_NUMBER:
         raise _refused(root, name, value, "it is a positive whole number")
     return value
 
 
 def _real(config: dict[str, Any], root: Path, name: str) -> float:
     value = config.get(name, _DEFAULTS[name])
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value < _LARGEST_NUMBER:
         raise _refused(root, name, value, "it is a positive number")
     return value
 

@@ -7,12 +7,15 @@ from mempar import __version__
 from mempar.memory.config import MemoryConfig
 from mempar.runtime.config import RunConfig
 from mempar.runtime.overrides import to_mapping
+from mempar.tools.convert.hf.kept_settings import LENGTH, TOKENS, KeptSettings
 from mempar.tools.convert.hf.tokenizer_files import TokenizerFiles
 
 MODELING = "modeling_mempar.py"
 CONFIG, GENERATION_CONFIG, CARD = "config.json", "generation_config.json", "README.md"
 # In config.json, what is needed for the way back: transformers keeps it, but makes nothing of it.
 OURS = "mempar"
+# More of them would make every step of generation slow.
+_MOST_SUPPRESSED = 1024
 # Settings of a memory that decide what it computes, beside its place and its sizes.
 _MEMORY_KEYS = (
     "variant",
@@ -32,7 +35,9 @@ def is_llama(run: RunConfig) -> bool:
     return not run.memories and not run.moe.enabled
 
 
-def model_config(run: RunConfig, vocab_rows: int, dtype: str, eod: int | None, progress: dict[str, Any]) -> bytes:
+def model_config(
+    run: RunConfig, vocab_rows: int, dtype: str, eod: int | None, progress: dict[str, Any], kept: KeptSettings
+) -> bytes:
     """The content of config.json.
 
     Args:
@@ -41,10 +46,12 @@ def model_config(run: RunConfig, vocab_rows: int, dtype: str, eod: int | None, p
         dtype: of the parameters, as torch spells it.
         eod: the token that ends documents.
         progress: how far the run was.
+        kept: what the model that it began with said.
     """
     config = settings_of(run)
     # Again the names of 4 and 5.
-    config |= {"vocab_size": vocab_rows, "eos_token_id": eod, "torch_dtype": dtype, "dtype": dtype}
+    config |= {"vocab_size": vocab_rows, "eos_token_id": eod, "torch_dtype": dtype, "dtype": dtype} | kept.config
+    config[LENGTH] = max(run.train.seq_length, kept.config.get(LENGTH, 0))
     config[OURS] = {"version": __version__, "run": to_mapping(run), "progress": progress}
     return _json(config)
 
@@ -105,9 +112,25 @@ def _experts(run: RunConfig) -> dict[str, Any] | None:
     }
 
 
-def generation_config(eod: int | None) -> bytes:
-    """The content of generation_config.json."""
-    return _json({} if eod is None else {"eos_token_id": eod, "pad_token_id": eod})
+def generation_config(eod: int | None, vocab_size: int | None, vocab_rows: int, kept: KeptSettings) -> bytes:
+    """The content of generation_config.json.
+
+    Args:
+        eod: the token that ends documents.
+        vocab_size: tokens that the tokenizer has, where that is known.
+        vocab_rows: rows of the embedding, padding included.
+        kept: what the model that it began with said.
+    """
+    config: dict[str, Any] = {} if eod is None else {"eos_token_id": eod, "pad_token_id": eod}
+    for section in (kept.config, kept.generation):
+        config |= {name: section[name] for name in TOKENS if name in section}
+    padding = vocab_rows - (vocab_rows if vocab_size is None else vocab_size)
+    if vocab_size is not None and 0 < padding <= _MOST_SUPPRESSED:
+        special = [token for ids in config.values() for token in (ids if isinstance(ids, list) else [ids])]
+        # Nobody trained them, and no text says them.
+        suppressed = [token for token in range(vocab_size, vocab_rows) if token not in special]
+        config |= {"suppress_tokens": suppressed} if suppressed else {}
+    return _json(config)
 
 
 def model_card(run: RunConfig, num_params: int, tokenizer: TokenizerFiles) -> bytes:

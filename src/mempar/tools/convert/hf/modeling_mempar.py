@@ -14,9 +14,7 @@ arXiv 2412.09764; with `peer` a slot is an expert of one neuron, arXiv 2407.0415
 of the machine: they are no parameters of the model. They stay in their safetensors files, whose tensors
 tables.safetensors.index.json lists, mapped into memory for reading alone, and the rows that are asked for are copied to
 the device of whoever asks. So `.to(...)` and `.half()` move and cast everything but tables, and training this model
-trains everything but tables.
-
-This file is copied into models that mempar exports.
+trains everything but tables. This file is copied into models that mempar exports.
 """
 
 import bisect
@@ -85,9 +83,7 @@ class MappedTable:
         self.blocks = sorted(blocks, key=lambda rows: rows.first)
         self.width, self.dtype = self.blocks[0].shape[1], self.blocks[0].dtype
         self.num_slots = sum(rows.shape[0] for rows in blocks)
-        self.starts = [rows.first for rows in self.blocks]
-        ends = [rows.first + rows.shape[0] for rows in self.blocks]
-        whole = self.starts == [0, *ends[:-1]]
+        whole = [rows.first for rows in self.blocks] == [0, *(rows.first + rows.shape[0] for rows in self.blocks[:-1])]
         if not whole or any((rows.shape[1], rows.dtype) != (self.width, self.dtype) for rows in blocks):
             raise ValueError(f"{self.blocks[0].path} and its like do not make up a table: rows are missing or unlike.")
         self._mapped: list[Tensor] = []
@@ -147,6 +143,12 @@ def _blocks_of_file(path: str, firsts: dict[str, int]) -> dict[str, _Rows]:
             raise ValueError(f"{path} is damaged: {name} does not fit into its {size} bytes; fetch it again.")
         found[name] = _Rows(path, first, shape, dtype, start)
     return found
+
+
+def _partial(path: str) -> str:
+    if os.path.lexists(partial := path + ".partial"):
+        os.remove(partial)
+    return partial
 
 
 class MemoryLayer(nn.Module):
@@ -221,7 +223,7 @@ class MemoryLayer(nn.Module):
     def _half_scores(self, x: Tensor) -> Tensor:
         """Scores of all sub-keys of both halves, `[T, H, 2, N]`."""
         memory = self.memory
-        query = self.query(x).view(len(x), memory["heads"], 2, -1)
+        query = self.query(x).view(len(x), memory["heads"], 2, self.keys.shape[-1])
         wide = torch.promote_types(query.dtype, torch.float32)
         keys, scale = self.keys, None
         if memory["qk_norm"]:
@@ -354,8 +356,7 @@ class MemparForCausalLM(LlamaForCausalLM):
         blocks: dict[str, list[_Rows]] = {}
         for file_name, firsts in names.items():
             path: Any = cached_file(source, file_name, **where)
-            found = _blocks_of_file(path, firsts)
-            for name, rows in found.items():
+            for name, rows in _blocks_of_file(path, firsts).items():
                 blocks.setdefault(name.rpartition(".rows-")[0], []).append(rows)
         tables = {name: MappedTable(rows) for name, rows in blocks.items()}
         for layer in self.memory_layers():
@@ -380,16 +381,20 @@ class MemparForCausalLM(LlamaForCausalLM):
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub=True would leave the tables out; save the model, then upload its directory.")
         super().save_pretrained(save_directory, *args, **kwargs)
-        weight_map = {}
-        tables = {
-            f"{layer.memory['name']}.{kind}": t for layer in self.memory_layers() for kind, t in layer.tables.items()
-        }
-        for path in sorted({rows.path for table in tables.values() for rows in table.blocks}):
+        if not (args[0] if args else kwargs.get("is_main_process", True)):
+            return
+        layers = self.memory_layers()
+        tables = {f"{layer.memory['name']}.{kind}": t for layer in layers for kind, t in layer.tables.items()}
+        blocks = {f"{name}.rows-{rows.first:012d}": rows.path for name, t in tables.items() for rows in t.blocks}
+        for path in sorted(set(blocks.values())):
             copy = os.path.join(save_directory, os.path.basename(path))
             if not (os.path.exists(copy) and os.path.samefile(path, copy)):
-                shutil.copyfile(path, copy)
-        for name, table in tables.items():
-            weight_map |= {f"{name}.rows-{rows.first:012d}": os.path.basename(rows.path) for rows in table.blocks}
-        if weight_map:
-            with open(os.path.join(save_directory, TABLES_INDEX), "w", encoding="utf-8") as file:
+                # Whoever has mapped a file of this name keeps the old one.
+                shutil.copyfile(path, partial := _partial(copy))
+                os.replace(partial, copy)
+        if blocks:
+            index = os.path.join(save_directory, TABLES_INDEX)
+            weight_map = {name: os.path.basename(path) for name, path in blocks.items()}
+            with open(partial := _partial(index), "w", encoding="utf-8") as file:
                 json.dump({"metadata": {}, "weight_map": weight_map}, file, indent=2)
+            os.replace(partial, index)

@@ -5,9 +5,11 @@ what a header says is checked before anything is believed of it. Reading maps no
 meanwhile is an error and no fault of the process.
 """
 
+import io
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +28,8 @@ _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 _TYPE_NAMES = {name: type_name for type_name, name in _DTYPE_NAMES.items()}
 # Numbers begin at a multiple of this, so that a mapped file can be used as it is.
 _ALIGNMENT = 64
-# The format's own limit.
-_LARGEST_HEADER_BYTES = 100_000_000
+# Room for some hundred thousand tensors.
+_LARGEST_HEADER_BYTES = 1 << 24
 # Bytes read at a time where numbers are not taken as they lie.
 CHUNK_BYTES = 1 << 24
 
@@ -125,6 +127,20 @@ def write_numbers(file: int, entry: Entry, first_element: int, numbers: Tensor) 
     return len(data)
 
 
+def open_plain(path: Path) -> io.FileIO:
+    """Open a file for reading; a link is followed, and nothing is waited for.
+
+    Raises:
+        CheckpointError: when it is no plain file: a pipe would be waited for without end.
+        OSError: when it cannot be opened.
+    """
+    file = io.FileIO(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise unreadable(path, "it is no plain file")
+    return file
+
+
 def read_layout(path: Path) -> FileLayout:
     """Read a file's header.
 
@@ -132,7 +148,7 @@ def read_layout(path: Path) -> FileLayout:
         CheckpointError: when the file is missing, cut short, or its header cannot be true.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(size - 8, _LARGEST_HEADER_BYTES):
@@ -171,7 +187,7 @@ def read_numbers(layout: FileLayout, name: str, first_element: int, target: Tens
     entry, flat = layout.entries[name], target.view(-1)
     start = entry.start + first_element * entry.element_bytes
     try:
-        with layout.path.open("rb", buffering=0) as file:
+        with open_plain(layout.path) as file:
             if str(target.dtype) == f"torch.{entry.dtype}":
                 _read_at(layout, file.fileno(), flat, start)
                 return
@@ -194,8 +210,8 @@ def _read_at(layout: FileLayout, file: int, target: Tensor, start: int) -> None:
 
 
 def unreadable(path: Path, why: str) -> CheckpointError:
-    """What is said of a file that is no whole safetensors file."""
+    """What is said of a file that is not what it should be."""
     return CheckpointError(
-        f"{path} cannot be read as a safetensors file: {why}; a model is used whole or not at all; fetch or export it "
+        f"{path} cannot be read as a file of a model: {why}; a model is used whole or not at all; fetch or export it "
         "again."
     )

@@ -31,7 +31,7 @@ from mempar.runtime.config import RunConfig
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-_ROWS_MARK = ".rows-"
+_ROWS_MARK, _ROWS_DIGITS = ".rows-", 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +106,14 @@ def memory_shapes(run: RunConfig, memory: MemoryConfig) -> dict[str, tuple[int, 
 
 def rows_name(table: str, first: int) -> str:
     """The name of a block of a table's rows that begins with row `first`."""
-    return f"{table}{_ROWS_MARK}{first:012d}"
+    return f"{table}{_ROWS_MARK}{first:0{_ROWS_DIGITS}d}"
 
 
 def parse_rows_name(name: str) -> tuple[str, int] | None:
     """The table and the first row that the name of a block tells; None for other names."""
     table, mark, first = name.rpartition(_ROWS_MARK)
-    return (table, int(first)) if mark and first.isascii() and first.isdigit() else None
+    known = mark and len(first) == _ROWS_DIGITS and first.isascii() and first.isdigit()
+    return (table, int(first)) if known else None
 
 
 def _block_tensors(run: RunConfig, block: int) -> Iterator[HfTensor]:

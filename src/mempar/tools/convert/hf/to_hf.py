@@ -22,6 +22,7 @@ from mempar.runtime.checkpoint.boxes import Box, row_blocks
 from mempar.runtime.checkpoint.manifest import WEIGHTS, checksum, damaged
 from mempar.runtime.durable import replace_file
 from mempar.tools.convert.hf import model_files
+from mempar.tools.convert.hf.kept_settings import KeptSettings, kept_settings
 from mempar.tools.convert.hf.safetensors_file import FileLayout, lay_out, write_numbers, writing
 from mempar.tools.convert.hf.tensor_names import EMBEDDING, HfTensor, dense_tensors, rows_name, table_shapes
 from mempar.tools.convert.hf.tokenizer_files import TokenizerFiles, tokenizer_files
@@ -56,12 +57,13 @@ def plan_hf(source: Source, *, memory_bytes: int, max_shard_bytes: int = MAX_SHA
     if text.eod is not None and text.eod >= source.tensors[EMBEDDING].shape[0]:
         # A model that knows no such token never ends a document.
         text = replace(text, eod=None)
+    kept = kept_settings(source.about, source.tensors[EMBEDDING].shape[0], tokens=not tokenizer)
     what = "a Llama of transformers'" if model_files.is_llama(source.run) else "a model of transformers'"
     return Plan(
         what=f"{what} in {len(jobs)} files" + (f". {text.note}" if text.note else ""),
         jobs=jobs,
         prepare=lambda directory: directory.mkdir(parents=True, exist_ok=True),
-        finish=partial(_finish, source, shards, text),
+        finish=partial(_finish, source, shards, text, kept),
     )
 
 
@@ -224,7 +226,12 @@ def _hexadecimal(digests: dict[str, int]) -> dict[str, str]:
 
 
 def _finish(
-    source: Source, shards: _Shards, text: TokenizerFiles, directory: Path, results: dict[str, dict[str, str]]
+    source: Source,
+    shards: _Shards,
+    text: TokenizerFiles,
+    kept: KeptSettings,
+    directory: Path,
+    results: dict[str, dict[str, str]],
 ) -> None:
     digests: dict[str, int] = {}
     for found in results.values():
@@ -234,12 +241,12 @@ def _finish(
         changed = [name for name, number in digests.items() if number != source.tensors[name].digest]
         if changed:
             raise damaged(source.root, f"{', '.join(changed)} changed while being read, or are not what was saved")
-    run, embedding = source.run, source.tensors[EMBEDDING]
+    run, rows, dtype = source.run, source.tensors[EMBEDDING].shape[0], source.tensors[EMBEDDING].dtype
     progress = {name: count for name, count in source.progress.items() if type(count) is int}
     files = {
         WEIGHTS_INDEX: _index(shards.dense, shards.num_bytes),
-        model_files.CONFIG: model_files.model_config(run, embedding.shape[0], embedding.dtype, text.eod, progress),
-        model_files.GENERATION_CONFIG: model_files.generation_config(text.eod),
+        model_files.CONFIG: model_files.model_config(run, rows, dtype, text.eod, progress, kept),
+        model_files.GENERATION_CONFIG: model_files.generation_config(text.eod, text.vocab_size, rows, kept),
         model_files.CARD: model_files.model_card(run, shards.num_params, text),
         DIGESTS: json.dumps({"tag": shards.tag, "digests": _hexadecimal(digests)}, indent=1).encode(),
         **text.files,

@@ -16,6 +16,8 @@ from mempar.runtime.data.encoders import load_encoder
 from mempar.runtime.data.tokenizer import BYTE_VOCAB, TokenizerSpec, parse_spec
 
 END = "<|endoftext|>"
+# Version 4 of transformers would make token_type_ids too, which these models do not take.
+_INPUTS = ["input_ids", "attention_mask"]
 # What stands beside a tokenizer.json, as far as it says something about text.
 _NEIGHBOURS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -27,11 +29,13 @@ class TokenizerFiles:
     Attributes:
         files: contents by name.
         eod: the token that ends documents; None where that is not known.
+        vocab_size: tokens that there are; None where that is not known.
         note: what whoever uses the model has to know; empty where AutoTokenizer does all.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
     eod: int | None = None
+    vocab_size: int | None = None
     note: str = ""
 
 
@@ -50,7 +54,7 @@ def tokenizer_files(name: str, max_length: int) -> TokenizerFiles:
     """
     spec = parse_spec(name)
     if spec.kind == "byte":
-        return TokenizerFiles(files=byte_files(max_length), eod=BYTE_VOCAB - 1)
+        return TokenizerFiles(files=byte_files(max_length), eod=BYTE_VOCAB - 1, vocab_size=BYTE_VOCAB)
     try:
         return _hf_files(spec) if spec.kind == "hf" else _other_files(spec)
     except ConfigError as error:
@@ -90,6 +94,7 @@ def byte_files(max_length: int) -> dict[str, bytes]:
         "pad_token": END,
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": _INPUTS,
     }
     return {"tokenizer.json": _json(description), "tokenizer_config.json": _json(config)}
 
@@ -106,11 +111,13 @@ def _hf_files(spec: TokenizerSpec) -> TokenizerFiles:
     if not path.is_file():
         path = _cached(spec)
     # The encoder reads the file as a tokenizer: nothing else is copied, whatever a checkpoint names.
-    eod = load_encoder(TokenizerSpec("hf", str(path))).eod
+    encoder = load_encoder(TokenizerSpec("hf", str(path)))
     others = [other for name in _NEIGHBOURS if (other := path.with_name(name)).is_file()]
     files = {"tokenizer.json": path.read_bytes()} | {other.name: other.read_bytes() for other in others}
-    files.setdefault("tokenizer_config.json", _json({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return TokenizerFiles(files=files, eod=eod)
+    files.setdefault(
+        "tokenizer_config.json", _json({"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": _INPUTS})
+    )
+    return TokenizerFiles(files=files, eod=encoder.eod, vocab_size=encoder.vocab_size)
 
 
 def _cached(spec: TokenizerSpec) -> Path:
@@ -133,12 +140,13 @@ def _other_files(spec: TokenizerSpec) -> TokenizerFiles:
     # The name of merge ranks may decide how text is split; no other may stand among the files of a model.
     ranks = spec.path.name if spec.path.suffix == ".tiktoken" else "tokenizer.tiktoken"
     name = "tokenizer.model" if spec.kind == "sentencepiece" else ranks
-    eod = load_encoder(spec).eod
+    encoder = load_encoder(spec)
     note = (
-        f"The tokenizer is {name}, which the library {library} reads and AutoTokenizer does not; token {eod} ends "
-        "documents."
+        f"The tokenizer is {name}, which the library {library} reads and AutoTokenizer does not; token {encoder.eod} "
+        "ends documents."
     )
-    return TokenizerFiles(files={name: spec.path.read_bytes()}, eod=eod, note=note)
+    files = {name: spec.path.read_bytes()}
+    return TokenizerFiles(files=files, eod=encoder.eod, vocab_size=encoder.vocab_size, note=note)
 
 
 def _json(content: dict[str, Any]) -> bytes:
