@@ -15,6 +15,7 @@ from mempar.errors import CheckpointError, ConfigError
 from mempar.memory.config import MemoryConfig
 from mempar.runtime import bringup
 from mempar.runtime.checkpoint.accept import open_checkpoint
+from mempar.runtime.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from mempar.runtime.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from mempar.runtime.data.trigram import trigram_loss
 from mempar.runtime.heldout import Heldout
@@ -23,6 +24,7 @@ from mempar.runtime.metrics import read_rows
 from mempar.runtime.overrides import load_yaml
 from mempar.runtime.run_dir import RunDir, open_existing, open_new
 from mempar.runtime.train import Trainer
+from mempar.tools.convert.hf import kept_settings
 from rank_pool import RankPool
 
 LAYOUTS: dict[str, dict[str, int | bool]] = {
@@ -286,6 +288,17 @@ def test_resume_of_a_finished_run_changes_nothing(pool: RankPool, paths: tuple[s
     run = until(toy(paths), 2)
     before = train(pool, run, tmp_path / "run")
     assert train(pool, run, tmp_path / "run", resume=True) == before
+
+
+def test_where_weights_came_from_is_passed_on(pool: RankPool, paths: tuple[str, ...], tmp_path: Path) -> None:
+    run = toy(paths)
+    train(pool, until(run, 1), tmp_path / "run")
+    first = RunDir(tmp_path / "run").checkpoint(1)
+    manifest = read_manifest(first)
+    manifest.about[kept_settings.KEY] = {"eos_token_id": [3]}
+    (first / MANIFEST).write_bytes(write_manifest(manifest))
+    train(pool, until(run, 2), tmp_path / "run", resume=True)
+    assert read_manifest(RunDir(tmp_path / "run").checkpoint(2)).about[kept_settings.KEY] == {"eos_token_id": [3]}
 
 
 def test_other_runs_and_other_models_are_refused(pool: RankPool, paths: tuple[str, ...], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from mempar.runtime.bringup import World
 from mempar.runtime.checkpoint.accept import DATA
 from mempar.runtime.checkpoint.keeper import Keeper
 from mempar.runtime.checkpoint.loading import HISTORY_SINCE, load_checkpoint, open_together
+from mempar.runtime.checkpoint.manifest import PASSED_ON
 from mempar.runtime.checkpoint.together import on_main
 from mempar.runtime.config import RunConfig
 from mempar.runtime.copies import check_copies
@@ -63,10 +64,12 @@ class Trainer:
         self.samples = Samples(run, run.data.paths, run.data.weights, run.train.seed)
         self.heldout = Heldout(run, world, self.stepper, self.model) if run.train.heldout_samples else None
         since: dict[str, int] = dict.fromkeys(run.memories, 0)
+        self._passed_on: dict[str, Any] = {}
         if load is not None:
             manifest = open_together(load, run, world)
             load_checkpoint(manifest, world, self.model, self.optimizers)
             self.progress.restore(manifest.progress)
+            self._passed_on = {key: manifest.about[key] for key in PASSED_ON if key in manifest.about}
             if load.parent != directory.checkpoints:
                 self._begin_anew(manifest.about.get(DATA, {}))
             # A history that was not saved begins here.
@@ -139,7 +142,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the present step and drop the oldest; every rank must call it."""
-        meta = {"progress": self.progress.meta(), HISTORY_SINCE: self.usage.since, DATA: self.data}
+        meta = {"progress": self.progress.meta(), HISTORY_SINCE: self.usage.since, DATA: self.data, **self._passed_on}
         self.keeper.save(meta, self.watch.good_before)
 
     def _step(self) -> None:

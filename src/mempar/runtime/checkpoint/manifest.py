@@ -39,7 +39,9 @@ _LARGEST_BYTES = 1 << 30
 _COUNTERS = ("step", "applied_steps", "tokens", "samples", "rollbacks", "skips_in_a_row")
 _NEEDED = ("step", "applied_steps")
 # What else describes a checkpoint, each by names.
-_DESCRIPTIONS = ("layout", "data", "random", "versions", "history_since")
+_DESCRIPTIONS = ("layout", "data", "random", "versions", "history_since", "huggingface")
+# What of it a run that goes on from a checkpoint passes on: where its weights came from.
+PASSED_ON = ("huggingface",)
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _SEAL = ',\n"checksum": "'
 
