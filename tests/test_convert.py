@@ -311,6 +311,12 @@ def test_names_that_nobody_knows_are_refused(saved: Path, tmp_path: Path) -> Non
     del strange.tensors["decoder.layers.1.mlp.lost.weight"]
     with pytest.raises(CheckpointError, match=r"memory.values.lost is \[16\], and the table \[1024, 16\]"):
         make_checkpoint(tmp_path / "strange", strange, "mp=2")
+    del strange.tensors["memory.values.lost"]
+    strange.tensors["decoder.layers.1.self_attention.linear_proj.weight"] = strange.tensors[
+        "decoder.final_layernorm.weight"
+    ]
+    with pytest.raises(CheckpointError, match=r"linear_proj\.weight is \[16\], which cannot be cut for tp=1"):
+        make_checkpoint(tmp_path / "strange", strange, "mp=2")
     assert list(tmp_path.iterdir()) == []
 
 

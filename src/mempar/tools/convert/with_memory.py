@@ -25,9 +25,9 @@ from mempar.runtime.initial import initial_value
 from mempar.runtime.overrides import override
 from mempar.tools.convert.hf.tensor_names import memory_shapes, table_shapes
 from mempar.tools.convert.row_stream import box_rows
+from mempar.tools.convert.selection import DTYPES
 from mempar.tools.convert.source import RowStream, Source
 
-_TORCH_DTYPES = {"float64": "float64", "float32": "float32", "bf16": "bfloat16"}
 _SECTION = "memory."
 # Rows of a table are drawn in float64, some two million numbers at a time, from as many hashes.
 _DRAWING_BYTES = 1 << 27
@@ -60,7 +60,7 @@ class WithMemory:
         dropped, added = _changes(source, self.run)
         self._tables = table_shapes(self.run)
         self._added = {name: _record(dense_dtype, shape) for name, shape in added.items()}
-        table_dtype = _TORCH_DTYPES[self.run.table_dtype_of(self.run.memory)]
+        table_dtype = DTYPES[self.run.table_dtype_of(self.run.memory)]
         self._added |= {name: _record(table_dtype, shape) for name, shape in self._tables.items()}
         kept = {name: replace(record, digest=0) for name, record in weights.items() if name not in dropped}
         self.tensors: Mapping[str, TensorRecord] = kept | self._added
