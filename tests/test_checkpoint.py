@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from mempar.errors import CheckpointError, MemparError
 from mempar.runtime.bringup import tear_down
-from mempar.runtime.checkpoint import saving, shard_file, torch_dist
+from mempar.runtime.checkpoint import describing, saving, shard_file, torch_dist
 from mempar.runtime.checkpoint.boxes import check_coverage
 from mempar.runtime.checkpoint.config import CheckpointConfig
 from mempar.runtime.checkpoint.manifest import read_manifest
@@ -167,7 +167,7 @@ def failing_phase(run: RunConfig, path: Path, phase: str) -> str:
         "collecting": (saving, "collect_parts", 1),
         "copying": (Parts, "copied", 1),
         "writing": (torch_dist, "write_rank_file", 1),
-        "describing": (saving, "_versions", 0),
+        "describing": (describing, "_versions", 0),
     }[phase]
     function = getattr(owner, name)
 
