@@ -68,7 +68,7 @@ def test_override_reaches_every_setting() -> None:
         ("memory.num_subkey=3", "memory.num_subkeys"),
         ("optim.seed=3", "train.seed"),
         ("model.num_layers.x=3", "model.num_layers"),
-        ("nonsense=3", "data, kernels, memory, model, moe, optim, parallel, train"),
+        ("nonsense=3", "data, hardware, kernels, memory, model, moe, optim, parallel, train"),
     ],
 )
 def test_override_names_near_keys_when_key_is_unknown(assignment: str, near: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
 from mempar.runtime.checkpoint.config import CheckpointConfig
+from mempar.runtime.hardware import HardwareConfig
 from mempar.runtime.moe_config import MoeConfig, check_experts
 from mempar.runtime.sections import (
     SCHEDULES,
@@ -26,6 +27,7 @@ __all__ = [
     "SCHEDULES",
     "CheckpointConfig",
     "DataConfig",
+    "HardwareConfig",
     "KernelsConfig",
     "MemoryConfig",
     "ModelConfig",
@@ -56,6 +58,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
         """Check settings of different sections against each other."""
@@ -201,6 +204,11 @@ class RunConfig:
     def values_weight_decay_of(self, memory: MemoryConfig) -> float:
         """Decoupled weight decay of a memory's values: the dense one unless set."""
         return memory.weight_decay if memory.weight_decay >= 0 else self.optim.weight_decay
+
+    @property
+    def num_gpus(self) -> int:
+        """Ranks that the run is meant for."""
+        return self.hardware.gpus or self.parallel.smallest_world
 
     def with_parallel(self, **sizes: int | bool) -> "RunConfig":
         """Return the same run in another parallel layout."""

@@ -18,9 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mempar.errors import MemparError
-
-# Dense bf16 peak of one device in TFLOP/s, from NVIDIA's data sheets (without sparsity).
-_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "GH200": 989.0}
+from mempar.runtime.hardware import GPUS
 
 
 class MetricsLog:
@@ -175,9 +173,9 @@ def peak_flops(configured_tflops: float) -> float | None:
         return configured_tflops * 1e12
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        for device, tflops in _PEAK_TFLOPS.items():
-            if device in name:
-                return tflops * 1e12
+        for gpu in GPUS.values():
+            if gpu.label in name:
+                return gpu.bf16_tflops * 1e12
     return None
 
 
