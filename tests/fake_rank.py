@@ -17,10 +17,13 @@ from mempar.runtime.launch.stopping import Stopping
 from mempar.runtime.run_dir import RunDir
 
 
-def act(paths: RunDir, load: Path | None, launched: float, stopping: Stopping, heartbeat: Heartbeat) -> None:
+def act(
+    paths: RunDir, load: Path | None, launched: float, stopping: Stopping, heartbeat: Heartbeat, *, go_on: bool
+) -> None:
     """Stands for `worker.run_rank`."""
     rank = heartbeat.sign.rank
     what = json.loads((paths.root / "act.json").read_text())[rank]
+    (paths.root / f"started_{rank}").write_text(" ".join(sys.argv))
     if what == "start for ever":
         time.sleep(60.0)
     if what == "refuse":

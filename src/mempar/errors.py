@@ -20,3 +20,7 @@ class ConfigError(MemparError):
 
 class CheckpointError(ConfigError):
     """A checkpoint that is missing, damaged, or of another model."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that is not what was written: another one has to do."""

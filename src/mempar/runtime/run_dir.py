@@ -7,6 +7,7 @@
     events.out.tfevents* TensorBoard
     lock, lock.ranks     held while the run goes on (lock.py)
     ranks/               signs of life while it does, and what ranks left behind if it failed
+    launch/              what the run came from, and what was submitted (`mempar launch`)
 
 Nothing here imports torch.
 """
@@ -53,10 +54,15 @@ class RunDir:
         self.metrics = root / "metrics.jsonl"
         self.checkpoints = root / "checkpoints"
         self.ranks = root / "ranks"
+        self.launch = root / "launch"
 
     def checkpoint(self, step: int) -> Path:
         """Directory of the checkpoint after `step` steps."""
         return self.checkpoints / f"step_{step:08d}"
+
+    def signs(self, attempt: str = "") -> Path:
+        """Where the ranks of one start of the run give signs of life; one of several nodes has a name."""
+        return self.ranks / attempt if attempt else self.ranks
 
     def latest_checkpoint(self, before: int | None = None) -> Path | None:
         """The checkpoint of the highest step, below `before` where that is given; None when there is none."""

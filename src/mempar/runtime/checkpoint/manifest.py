@@ -23,7 +23,7 @@ from typing import Any
 
 import xxhash
 
-from mempar.errors import CheckpointError
+from mempar.errors import CheckpointError, DamagedError
 from mempar.runtime.checkpoint.boxes import Box, check_cover
 
 MANIFEST = "manifest.json"
@@ -219,9 +219,9 @@ def check_file(root: Path, record: FileRecord) -> None:
         raise damaged(path, f"it has {status.st_size} bytes where {record.num_bytes} were written")
 
 
-def damaged(path: Path, why: str) -> CheckpointError:
+def damaged(path: Path, why: str) -> DamagedError:
     """What is said of a damaged file."""
-    return CheckpointError(
+    return DamagedError(
         f"{path} is damaged: {why}; a checkpoint is used whole or not at all; use another one, with --from, or restore "
         "the file."
     )

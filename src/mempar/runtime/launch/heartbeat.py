@@ -57,7 +57,7 @@ class Sign:
     Attributes:
         rank: its number in the world; -1 as long as it does not know it.
         pid: its process.
-        host: where that runs.
+        host: where that runs: the name of its node.
         step: the step in hand, counted from 1; 0 before any.
         phase: what it was doing.
         num_marks: how many marks it gave: comparable between ranks.
@@ -76,17 +76,18 @@ class Sign:
 class Heartbeat:
     """This rank's sign of life."""
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(self, directory: Path | None = None, node: str = "") -> None:
         """Give the first sign.
 
         Args:
             directory: where the launcher looks for signs; None gives them to nobody.
+            node: as the launcher calls this node; the host's name unless given.
 
         Raises:
             MemparError: when nothing can be written there.
         """
         self.path: Path | None = None
-        host, pid = socket.gethostname(), os.getpid()
+        host, pid = node or socket.gethostname(), os.getpid()
         if directory is None:
             self._page = mmap.mmap(-1, _RECORD.size)
         else:
@@ -126,10 +127,12 @@ class Heartbeat:
         return _unpack(self._page[:])
 
 
-def read_signs(directory: Path, host: str = "*") -> list[Sign]:
+def read_signs(directory: Path, host: str = "") -> list[Sign]:
     """Read the signs of all ranks that gave one, on a host or on all, in the order of the ranks."""
     signs = []
-    for path in directory.glob(f"{host}-*{_SUFFIX}"):
+    for path in directory.glob(f"*{_SUFFIX}"):
+        if host and path.stem.rpartition("-")[0] != host:
+            continue
         try:
             signs.append(_unpack(path.read_bytes()))
         except (OSError, struct.error, ValueError):

@@ -1,4 +1,4 @@
-"""Starting the ranks of a run on this machine, with torchrun's agent where there are several, and seeing them end.
+"""Starting the ranks of a run on this node, with torchrun's agent where there are several, and seeing them end.
 
 The agent waits and restarts; signals and verdicts are ours: it would pass on SIGTERM, give ranks 30 seconds and end
 with status 1, where a save may take longer and the run then has ended well. So the agent is left SIGQUIT alone, and a
@@ -19,6 +19,7 @@ from pathlib import Path
 from mempar.errors import MemparError
 from mempar.runtime.launch.endings import BEFORE_STEPS, RankEnd, diagnose
 from mempar.runtime.launch.heartbeat import not_writable
+from mempar.runtime.launch.nodes import Node, gather, reaching_interface, this_host
 from mempar.runtime.launch.stopping import heed_signals
 from mempar.runtime.launch.supervisor import Supervisor
 from mempar.runtime.overrides import load_yaml
@@ -28,7 +29,9 @@ _WORKER = "mempar.runtime.launch.worker"
 # Threads that wait by spinning starve each other where cores are shared: a step takes many times as long when one other
 # process is busy. libgomp reads this when torch is loaded. A shell that becomes the rank sets it, as the agent takes a
 # command and no environment, and this process keeps its own; what the user has set stays.
-_AS_RANK = ("sh", "-c", 'export OMP_WAIT_POLICY="${OMP_WAIT_POLICY-PASSIVE}"; exec "$@"', "sh")
+_DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}
+# For torchrun's agents, which begin when all nodes have come.
+_AGENT_SECONDS = 60
 
 
 def launch_local(
@@ -40,10 +43,7 @@ def launch_local(
     launched: float = 0.0,
     worker: str = _WORKER,
 ) -> None:
-    """Run `directory/config.yaml` on `num_ranks` processes of this machine and wait for them.
-
-    Must be called in the main thread: ranks are killed when the thread that started them ends. SIGTERM and SIGINT
-    let the ranks save and leave, and this function return; at a second SIGINT they are killed.
+    """Run `directory/config.yaml` on `num_ranks` processes of this machine; see `run_node`.
 
     Args:
         directory: the run's directory, locked.
@@ -52,6 +52,36 @@ def launch_local(
         say: prints a line.
         launched: seconds since the epoch from which the time limit counts; now unless given.
         worker: module that is a rank.
+    """
+    arguments = ["--load", str(load)] if load is not None else []
+    run_node(directory, this_host(num_ranks), arguments, say, launched=launched, worker=worker)
+
+
+def run_node(
+    directory: Path,
+    node: Node,
+    arguments: list[str],
+    say: Callable[[str], None],
+    *,
+    launched: float = 0.0,
+    patience: float = 0.0,
+    also: Callable[[Supervisor], None] | None = None,
+    worker: str = _WORKER,
+) -> None:
+    """Run `directory/config.yaml` on this node's processes and wait for them.
+
+    Must be called in the main thread: ranks are killed when the thread that started them ends. SIGTERM and SIGINT
+    let the ranks save and leave, and this function return; at a second SIGINT they are killed.
+
+    Args:
+        directory: the run's directory, locked.
+        node: this one.
+        arguments: of the rank, beside those that every rank gets.
+        say: prints a line.
+        launched: seconds since the epoch from which the time limit counts; now unless given.
+        patience: seconds to wait for other nodes.
+        also: given the supervisor when it has started, to tell it what else asks the run to end.
+        worker: module that is a rank.
 
     Raises:
         MemparError: when a rank failed, with the one message.
@@ -59,41 +89,57 @@ def launch_local(
     """
     paths = RunDir(directory)
     timeout = load_yaml(paths.config).train.collective_timeout
-    shutil.rmtree(paths.ranks, ignore_errors=True)
+    signs = paths.signs(node.attempt)
     try:
-        paths.ranks.mkdir(exist_ok=True)
+        if node.num_nodes == 1:
+            shutil.rmtree(signs, ignore_errors=True)
+        signs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise not_writable(paths.ranks, error) from None
-    arguments = [
-        "-m",
-        worker,
-        str(directory),
-        "--launcher",
-        str(os.getpid()),
-        "--launched",
-        str(launched or time.time()),
-    ]
-    if load is not None:
-        arguments += ["--load", str(load)]
-    supervisor = Supervisor(paths.ranks, timeout)
+        raise not_writable(signs, error) from None
+    command = [sys.executable, "-m", worker, str(directory), *arguments]
+    command += ["--launcher", str(os.getpid()), "--launched", str(launched or time.time())]
+    command += ["--first-rank", str(node.first_rank)]
+    command += ["--node", node.name, "--attempt", node.attempt] if node.num_nodes > 1 else []
+    supervisor = Supervisor(signs, timeout, node)
     statuses: dict[int, int] = {}
     with heed_signals(supervisor.wish, supervisor.end_now):
         supervisor.start()
+        if also is not None:
+            also(supervisor)
         try:
-            statuses = _run_one(arguments) if num_ranks == 1 else _run_with_agent(arguments, num_ranks, directory.name)
+            statuses = _run(command, node, supervisor, patience)
         finally:
             ends = supervisor.finish(statuses)
         _judge(supervisor, ends, timeout, say)
-        shutil.rmtree(paths.ranks, ignore_errors=True)
+        if node.is_head:
+            shutil.rmtree(paths.ranks, ignore_errors=True)
 
 
-def _run_one(arguments: list[str]) -> dict[int, int]:
-    # A session of its own, as the agent's ranks have: ^C reaches the launcher alone, which passes it on.
-    with subprocess.Popen([*_AS_RANK, sys.executable, *arguments, "--rank", "0"], start_new_session=True) as process:
-        return {0: process.wait()}
+def _run(command: list[str], node: Node, supervisor: Supervisor, patience: float) -> dict[int, int]:
+    """Run the ranks; returns the exit statuses of those that failed."""
+    if node.num_nodes == 1 and node.num_ranks == 1:
+        # A session of its own, as the agent's ranks have: ^C reaches the launcher alone, which passes it on.
+        with subprocess.Popen([*_with_defaults(_DEFAULTS), *command, "--rank", "0"], start_new_session=True) as process:
+            return {0: process.wait()}
+    if node.num_nodes == 1:
+        return _run_with_agent(command, node, _DEFAULTS)
+    # Kept until the ranks have ended: they meet in it.
+    store = gather(node, patience, lambda: supervisor.is_told_to_end)
+    if store is None:
+        supervisor.stopped_early = True
+        return {}
+    # Sockets of gloo are bound to the address that the host's own name has, which is often that of no interface.
+    interface = reaching_interface(node.rendezvous)
+    return _run_with_agent(command, node, {**_DEFAULTS, **({"GLOO_SOCKET_IFNAME": interface} if interface else {})})
 
 
-def _run_with_agent(arguments: list[str], num_ranks: int, run_id: str) -> dict[int, int]:
+def _with_defaults(defaults: dict[str, str]) -> list[str]:
+    """A shell that sets what the user has not set in the environment, and becomes the command that follows."""
+    exports = "".join(f'export {name}="${{{name}-{value}}}"; ' for name, value in defaults.items())
+    return ["sh", "-c", f'{exports}exec "$@"', "sh"]
+
+
+def _run_with_agent(command: list[str], node: Node, defaults: dict[str, str]) -> dict[int, int]:
     """Run ranks under torchrun's agent; returns the exit statuses of those that failed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -103,23 +149,25 @@ def _run_with_agent(arguments: list[str], num_ranks: int, run_id: str) -> dict[i
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # It tells of every signal that it sends; the one message comes from us.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    alone = node.num_nodes == 1
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id=run_id,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        min_nodes=node.num_nodes,
+        max_nodes=node.num_nodes,
+        nproc_per_node=node.num_ranks,
+        run_id=node.attempt or "run",
+        # Static: ranks are numbered by their nodes' order, which decides who shares a node.
+        rdzv_backend="c10d" if alone else "static",
+        rdzv_endpoint="localhost:0" if alone else node.rendezvous,
+        rdzv_configs={} if alone else {"rank": node.node_rank, "timeout": _AGENT_SECONDS},
         max_restarts=0,
         # Otherwise an empty directory a launch stays behind.
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         signals_to_handle="SIGQUIT",
     )
     try:
-        # With one host the number on this machine is that in the world.
-        shell, *options = _AS_RANK
-        elastic_launch(config, shell)(*options, sys.executable, *arguments, "--rank", macros.local_rank)
+        shell, *options = _with_defaults(defaults)
+        elastic_launch(config, shell)(*options, *command, "--rank", macros.local_rank)
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
     except SignalException as error:

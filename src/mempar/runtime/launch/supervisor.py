@@ -4,7 +4,8 @@ A thread beside whatever waits for the ranks (torchrun's agent, or a plain wait)
 of life (heartbeat.py), looks at exit statuses without collecting them, and kills:
 
 - what is still starting when the launcher is told to stop: there is nothing to save yet;
-- ranks that outlive another one's failure, after time to fail by themselves, by which hanging ones are told;
+- ranks that outlive another one's failure, on whichever node, after time to fail by themselves, by which hanging ones
+  are told;
 - all, when one gave no sign of life for longer than a collective waits, and at the second SIGINT.
 
 The ranks must be children of this process. torchrun's agent alone would wait 30 seconds for a hanging rank.
@@ -12,7 +13,6 @@ The ranks must be children of this process. torchrun's agent alone would wait 30
 
 import os
 import signal
-import socket
 import threading
 import time
 from dataclasses import replace
@@ -20,6 +20,8 @@ from pathlib import Path
 
 from mempar.runtime.launch.endings import RankEnd, is_own_fault, read_failures
 from mempar.runtime.launch.heartbeat import Phase, Sign, read_signs, stack_of
+from mempar.runtime.launch.node_ends import NodeEnd, read_node_ends, record_node_end
+from mempar.runtime.launch.nodes import Node
 
 _POLL_SECONDS = 0.2
 # What ranks get to say how they fail: when the cause is known, and when those that still run are the suspects: others
@@ -30,6 +32,8 @@ _SUSPECT_SECONDS = 10.0
 _SLACK_SECONDS = 10.0
 # For writing where a rank hangs.
 _STACK_SECONDS = 0.5
+# What the head waits for other nodes to say how their ranks ended: they kill and write within that.
+_OTHERS_SECONDS = 15.0
 
 
 class Supervisor:
@@ -39,16 +43,17 @@ class Supervisor:
         stopped_early: a wish to stop came before any step; the ranks were killed, or died of it.
     """
 
-    def __init__(self, directory: Path, timeout: float) -> None:
+    def __init__(self, directory: Path, timeout: float, node: Node) -> None:
         """Describe it; `start` begins.
 
         Args:
             directory: of the ranks' signs of life.
             timeout: seconds that a collective waits.
+            node: this one.
         """
         self.stopped_early = False
-        self._directory, self._timeout = directory, timeout
-        self._host = socket.gethostname()
+        self._directory, self._timeout, self._node = directory, timeout, node
+        self._host = node.name
         self._wish, self._at_once = "", False
         self._told: set[int] = set()
         # By process.
@@ -78,6 +83,11 @@ class Supervisor:
         return self._wish
 
     @property
+    def is_told_to_end(self) -> bool:
+        """Whether anybody asked for an end."""
+        return bool(self._wish) or self._at_once
+
+    @property
     def interrupted(self) -> bool:
         """Whether the ranks were killed because somebody insisted."""
         return self._at_once
@@ -94,11 +104,17 @@ class Supervisor:
         self._done.set()
         self._thread.join()
         self._look()
+        ends = self._own_ends(statuses)
+        if self._node.num_nodes > 1:
+            record_node_end(self._directory, NodeEnd(node_rank=self._node.node_rank, ends=ends))
+            ends += self._ends_elsewhere(failed=any(end.has_failed for end in ends))
+        return ends
+
+    def _own_ends(self, statuses: dict[int, int]) -> list[RankEnd]:
         failures = read_failures(self._directory)
         ends = []
-        for sign in read_signs(self._directory):
-            end = self._ends.get(sign.pid) if sign.host == self._host else None
-            end = end or self._end_of(sign, None, time.time())
+        for sign in read_signs(self._directory, self._host):
+            end = self._ends.get(sign.pid) or self._end_of(sign, None, time.time())
             status = statuses.get(sign.rank) if end.status is None else end.status
             ends.append(replace(end, status=status, failure=failures.get(end.rank)))
         seen = {end.rank for end in ends}
@@ -108,6 +124,24 @@ class Supervisor:
             if rank not in seen and -1 not in seen
         ]
         return ends
+
+    def _ends_elsewhere(self, *, failed: bool) -> list[RankEnd]:
+        """How the ranks of other nodes ended, from what their launchers say or, without that, from their last signs."""
+        until = time.monotonic() + (_OTHERS_SECONDS if failed and self._node.is_head else 0.0)
+        while len(told := read_node_ends(self._directory)) < self._node.num_nodes and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
+        failures = read_failures(self._directory)
+        known = {end.rank: end for number, node in told.items() if number != self._node.node_rank for end in node.ends}
+        signs = [sign for sign in read_signs(self._directory) if sign.host != self._host]
+        ends = [
+            replace(
+                known.pop(sign.rank, None) or self._end_of(sign, None, time.time()),
+                sign=sign,
+                failure=failures.get(sign.rank),
+            )
+            for sign in signs
+        ]
+        return ends + list(known.values())
 
     @property
     def failed_at(self) -> float:
@@ -171,11 +205,11 @@ class Supervisor:
                 _send(sign.pid, signal.Signals[self._wish])
 
     def _end_failed(self, running: list[Sign], now: float) -> None:
-        """Once a rank failed, end those that go on without it."""
-        if not running or not self._ends:
+        """Once a rank failed, here or on another node, end those that go on without it."""
+        if not running or not (self._ends or self._node.num_nodes > 1):
             return
         failures = read_failures(self._directory)
-        ends = [replace(end, failure=failures.get(end.rank)) for end in self._ends.values()]
+        ends = [replace(end, failure=failures.get(end.rank)) for end in (*self._ends.values(), *self._told_elsewhere())]
         failed = [end for end in ends if end.has_failed]
         if not failed:
             return
@@ -184,6 +218,12 @@ class Supervisor:
         grace = _GRACE_SECONDS if known or all(_is_stopped(sign.pid) for sign in running) else _SUSPECT_SECONDS
         if now - self._failed_at > grace:
             self._kill(running, stacks=not known)
+
+    def _told_elsewhere(self) -> list[RankEnd]:
+        if self._node.num_nodes == 1:
+            return []
+        told = read_node_ends(self._directory)
+        return [end for number, node in told.items() if number != self._node.node_rank for end in node.ends]
 
     def _end_silent(self, running: list[Sign], now: float) -> None:
         """End all when one rank gave no sign for longer than a collective would have waited for it."""

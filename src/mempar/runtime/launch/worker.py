@@ -13,8 +13,9 @@ import time
 import traceback
 from pathlib import Path
 
-from mempar.errors import MemparError
+from mempar.errors import DamagedError, MemparError
 from mempar.runtime.launch.endings import record_failure
+from mempar.runtime.launch.going_on import pass_over, starting_point
 from mempar.runtime.launch.heartbeat import Heartbeat
 from mempar.runtime.launch.lock import share_lock
 from mempar.runtime.launch.parent import die_with
@@ -22,7 +23,9 @@ from mempar.runtime.launch.stopping import Stopping, heed_signals, ignore_signal
 from mempar.runtime.run_dir import RunDir
 
 
-def run_rank(paths: RunDir, load: Path | None, launched: float, stopping: Stopping, heartbeat: Heartbeat) -> None:
+def run_rank(
+    paths: RunDir, load: Path | None, launched: float, stopping: Stopping, heartbeat: Heartbeat, *, go_on: bool = False
+) -> None:
     """Train the run that lies in a directory, on this rank.
 
     Args:
@@ -31,10 +34,12 @@ def run_rank(paths: RunDir, load: Path | None, launched: float, stopping: Stoppi
         launched: seconds since the epoch from which the time limit counts.
         stopping: what signals to this process ask for.
         heartbeat: this rank's signs of life.
+        go_on: find out what to continue from.
     """
     import torch.distributed as dist
 
     from mempar.runtime import bringup
+    from mempar.runtime.checkpoint.together import on_main
     from mempar.runtime.overrides import load_yaml
     from mempar.runtime.train import Trainer
 
@@ -43,7 +48,16 @@ def run_rank(paths: RunDir, load: Path | None, launched: float, stopping: Stoppi
     bringup.join_world(run.train.collective_timeout)
     heartbeat.identify(dist.get_rank())
     world = bringup.lay_out(run)
-    Trainer(run, world, paths, load, stopping, heartbeat).train()
+    if go_on:
+        # One rank looks: the others might not see the same, over a network.
+        load = on_main(world, None, lambda said: starting_point(paths, run, print))
+    try:
+        trainer = Trainer(run, world, paths, load, stopping, heartbeat)
+    except DamagedError as error:
+        if not go_on or load is None:
+            raise
+        raise pass_over(load, paths, error, writes=world.is_main) from None
+    trainer.train()
     bringup.tear_down(world)
     dist.destroy_process_group()
 
@@ -55,28 +69,34 @@ def main() -> int:
     parser.add_argument("--load", type=Path, help="checkpoint to continue from")
     parser.add_argument("--launcher", type=int, default=0, help="process that started this one and tells of failures")
     parser.add_argument("--launched", type=float, default=0.0, help="seconds since the epoch")
-    parser.add_argument("--rank", type=int, default=-1, help="if it is known before the environment is read")
+    parser.add_argument("--rank", type=int, default=-1, help="on its node, known before the environment is read")
+    parser.add_argument("--first-rank", type=int, default=0, help="of its node, in the world")
+    parser.add_argument("--node", default="", help="name of its node, if there are several")
+    parser.add_argument("--attempt", default="", help="name of this start of the run, if there are several nodes")
+    parser.add_argument("--go-on", action="store_true", help="continue from the newest good checkpoint of the run")
     given = parser.parse_args()
     paths = RunDir(given.directory)
+    signs = paths.signs(given.attempt)
     die_with(given.launcher)
     exists = paths.root.is_dir()
     try:
-        heartbeat, stopping = Heartbeat(paths.ranks if exists else None), Stopping()
+        heartbeat, stopping = Heartbeat(signs if exists else None, given.node), Stopping()
     except MemparError as error:
         print(f"mempar: {error}", file=sys.stderr, flush=True)
         return error.exit_status
-    heartbeat.identify(given.rank)
+    heartbeat.identify(given.first_rank + given.rank if given.rank >= 0 else -1)
     with heed_signals(stopping.wish):
         lock = share_lock(paths.root)
         try:
             if heartbeat.stack_path is not None:
                 # Works in native code too, where handlers in Python have to wait.
                 faulthandler.register(signal.SIGUSR1, file=heartbeat.stack_path.open("w"))
-            run_rank(paths, given.load, given.launched or time.time(), stopping, heartbeat)
+            launched = given.launched or time.time()
+            run_rank(paths, given.load, launched, stopping, heartbeat, go_on=given.go_on)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
         except Exception as error:
-            recorded = exists and _is_recorded(paths.ranks, heartbeat.sign.rank, error)
+            recorded = exists and _is_recorded(signs, heartbeat.sign.rank, error)
             told = isinstance(error, MemparError)
             if not given.launcher or not recorded:
                 # Nobody else will.

@@ -1,0 +1,313 @@
+"""Launches of several nodes: agents find each other, and end together; one speaks for all.
+
+Here nodes are agents side by side on this machine, and their ranks fakes (fake_rank.py); tests/cluster has real nodes.
+"""
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mempar.errors import ConfigError, DamagedError, MemparError
+from mempar.runtime.config import RunConfig
+from mempar.runtime.launch import going_on, node_ends, nodes, words
+from mempar.runtime.launch.endings import RankEnd
+from mempar.runtime.launch.heartbeat import Phase, read_signs
+from mempar.runtime.launch.node import main
+from mempar.runtime.launch.nodes import Node, gather, reaching_interface
+from mempar.runtime.overrides import override, to_yaml
+from mempar.runtime.run_dir import RunDir
+
+TESTS = Path(__file__).parent
+AGENT = [sys.executable, "-m", "mempar.runtime.launch.node"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Launch:
+    """Agents of a launch on this machine, as processes."""
+
+    def __init__(self, root: Path, acts: list[str], *, port: int = 0, patience: float = 60.0) -> None:
+        self.root, self.num_nodes = root, len(acts)
+        run = override(RunConfig(), ["train.collective_timeout=2"])
+        (root / "config.yaml").write_text(to_yaml(run))
+        (root / "act.json").write_text(json.dumps(acts))
+        self.arguments = [
+            str(root),
+            *("--nodes", str(len(acts)), "--nproc", "1", "--attempt", "1", "--patience", str(patience)),
+            *("--rendezvous", f"127.0.0.1:{port or free_port()}", "--worker", "fake_rank", "--stdin"),
+        ]
+        self.agents: list[subprocess.Popen[str]] = []
+
+    def start(self, *only: int) -> None:
+        path = os.pathsep.join([str(TESTS), *sys.path])
+        for rank in only or range(self.num_nodes):
+            command = [*AGENT, *self.arguments, "--node-rank", str(rank), "--node", f"node-{rank}"]
+            environment = {**os.environ, "PYTHONPATH": path}
+            pipe = subprocess.PIPE
+            self.agents.append(
+                subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+            )
+
+    def wait_for(self, phase: Phase) -> list[psutil.Process]:
+        until = time.monotonic() + 60.0
+        while time.monotonic() < until:
+            signs = read_signs(self.root / "ranks" / "1")
+            if [sign.phase for sign in signs] == [phase] * self.num_nodes:
+                return [psutil.Process(sign.pid) for sign in signs]
+            time.sleep(0.05)
+        raise AssertionError(f"no {phase}")
+
+    def say(self, word: str, node: int = 0) -> None:
+        pipe = self.agents[node].stdin
+        assert pipe is not None
+        pipe.write(f"{word}\n")
+        pipe.flush()
+
+    def ends(self) -> list[tuple[int, str, MemparError | None]]:
+        """Status, output without its last line, and verdict of every agent."""
+        found = []
+        for agent in self.agents:
+            assert agent.stdout is not None and agent.stderr is not None
+            # Their input stays open: its end would end them.
+            agent.wait(timeout=60)
+            err, lines = agent.stderr.read(), agent.stdout.read().splitlines()
+            assert err == "", err
+            verdicts = [words.hear_verdict(line) for line in lines]
+            error = verdicts[-1][1] if verdicts and verdicts[-1][0] else MemparError("it said nothing")
+            found.append((agent.returncode, "\n".join(line for line in lines[:-1] if line), error))
+        return found
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
+    made: list[Launch] = []
+
+    def start(*acts: str, port: int = 0, patience: float = 60.0) -> Launch:
+        made.append(Launch(tmp_path, list(acts), port=port, patience=patience))
+        return made[-1]
+
+    yield start
+    for one in made:
+        for agent in one.agents:
+            if agent.poll() is None:
+                agent.kill()
+            agent.wait()
+            for pipe in (agent.stdin, agent.stdout, agent.stderr):
+                if pipe is not None:
+                    pipe.close()
+
+
+def test_ranks_of_nodes_are_one_world_and_save_when_one_agent_is_told(
+    launch: Callable[..., Launch], tmp_path: Path
+) -> None:
+    started = launch("go on", "go on")
+    started.start()
+    ranks = started.wait_for(Phase.FORWARD_BACKWARD)
+    for node in range(2):
+        started.say("SIGTERM", node)
+    assert [(status, error) for status, _, error in started.ends()] == [(0, None)] * 2
+    assert [(tmp_path / f"saved_{rank}").exists() for rank in range(2)] == [True, True]
+    for rank in range(2):
+        words_of_rank = (tmp_path / f"started_{rank}").read_text()
+        assert f"--node node-{rank} " in words_of_rank and "--go-on" in words_of_rank
+    assert not any(rank.is_running() for rank in ranks)
+    assert not (tmp_path / "ranks").exists()
+
+
+def test_head_names_the_rank_of_another_node_that_was_killed(launch: Callable[..., Launch]) -> None:
+    started = launch("go on", "kill")
+    started.start()
+    began = time.monotonic()
+    head, other = started.ends()
+    assert head[0] == other[0] == 1
+    assert "rank 1 on node-1 was killed by signal 9" in str(head[2])
+    assert time.monotonic() - began < 45.0
+
+
+def test_refusal_of_a_rank_is_bad_input_for_all(launch: Callable[..., Launch]) -> None:
+    started = launch("go on", "refuse")
+    started.start()
+    head, _ = started.ends()
+    assert head[0] == 2
+    assert str(head[2]) == "model.hidden_size=7 is odd; it must be even; use 8."
+
+
+def test_agents_end_when_their_launcher_is_gone(launch: Callable[..., Launch]) -> None:
+    started = launch("go on", "go on")
+    started.start()
+    ranks = started.wait_for(Phase.FORWARD_BACKWARD)
+    for agent in started.agents:
+        assert agent.stdin is not None
+        agent.stdin.close()
+        agent.stdin = None
+    began = time.monotonic()
+    for agent in started.agents:
+        assert agent.wait(timeout=20) == 1
+    psutil.wait_procs(ranks, timeout=5)
+    assert not any(rank.is_running() for rank in ranks)
+    assert time.monotonic() - began < 15.0
+
+
+def test_a_node_that_does_not_come_is_named(launch: Callable[..., Launch], tmp_path: Path) -> None:
+    started = launch("go on", "go on", patience=3.0)
+    started.start(0)
+    ((status, _, error),) = started.ends()
+    assert status == 1
+    assert "node(s) 1 of 2 did not come" in str(error)
+    assert not list((tmp_path / "ranks" / "1").glob("*.life"))
+
+
+def test_signal_while_nodes_gather_ends_at_once(launch: Callable[..., Launch], tmp_path: Path) -> None:
+    started = launch("go on", "go on")
+    started.start(0)
+    until = time.monotonic() + 30.0
+    while not (tmp_path / "lock").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    started.agents[0].send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    ((status, said, error),) = started.ends()
+    assert (status, error) == (0, None)
+    assert "ended by SIGTERM before the first step" in said
+    assert time.monotonic() - began < 20.0
+
+
+def test_port_in_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "_PORT_PATIENCE_SECONDS", 0.3)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        node = Node(name="a", num_ranks=1, num_nodes=2, rendezvous=f"127.0.0.1:{port}", attempt="x")
+        with pytest.raises(ConfigError, match=rf"port {port} cannot be used .*--port"):
+            gather(node, 5.0, lambda: False)
+
+
+def test_head_that_is_not_there_is_named() -> None:
+    node = Node(name="b", num_ranks=1, node_rank=1, num_nodes=2, rendezvous=f"127.0.0.1:{free_port()}", attempt="x")
+    with pytest.raises(MemparError, match="node b did not reach the head node"):
+        gather(node, 0.5, lambda: False)
+    assert gather(node, 60.0, lambda: True) is None
+
+
+def test_nodes_of_another_start_are_not_taken_for_these() -> None:
+    port = free_port()
+
+    def node(rank: int, attempt: str) -> Node:
+        return Node(
+            name=str(rank), num_ranks=1, node_rank=rank, num_nodes=2, rendezvous=f"127.0.0.1:{port}", attempt=attempt
+        )
+
+    met: list[object] = []
+    head = threading.Thread(target=lambda: met.append(gather(node(0, "2"), 20.0, lambda: False)))
+    head.start()
+    with pytest.raises(MemparError, match=r"node\(s\) 0 of 2 did not come"):
+        gather(node(1, "1"), 2.0, lambda: False)
+    assert gather(node(1, "2"), 20.0, lambda: False) is not None
+    head.join()
+    assert met[0] is not None
+
+
+@pytest.mark.parametrize("wrong", ["", "host", "host:", "host:0", "host:70000", "host:x"])
+def test_meeting_place_must_be_host_and_port(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        nodes.endpoint(wrong)
+
+
+def test_interface_is_the_one_that_reaches_the_head() -> None:
+    assert reaching_interface("127.0.0.1:1") == "lo"
+    assert reaching_interface("no-such-host.invalid:1") == ""
+    assert nodes.endpoint("[::1]:29500") == ("::1", 29500)
+
+
+def test_ranks_are_numbered_node_by_node() -> None:
+    node = Node(name="c", num_ranks=8, node_rank=3, num_nodes=4)
+    assert (node.first_rank, node.is_head) == (24, False)
+
+
+def test_agent_refuses_a_directory_that_it_does_not_see(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    # The parent-death signal is for real agents: this process must survive its own test.
+    monkeypatch.setattr("mempar.runtime.launch.node.die_with", lambda parent: None)
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu-17")
+    assert main([str(tmp_path), "--nodes", "2", "--nproc", "1"]) == 2
+    assert "is no run's directory as seen from node gpu-17" in capsys.readouterr().err
+
+
+def test_ends_of_ranks_are_read_back(tmp_path: Path) -> None:
+    end = node_ends.NodeEnd(node_rank=3, ends=[RankEnd(rank=24, status=-9, ended_at=1.5), RankEnd(rank=25, status=0)])
+    node_ends.record_node_end(tmp_path, end)
+    (tmp_path / "node_00004.ended.json").write_text('[{"rank"')
+    assert node_ends.read_node_ends(tmp_path) == {3: end}
+    assert end.has_failed
+
+
+@pytest.mark.parametrize("error", [None, MemparError("it broke"), ConfigError("it is wrong")])
+def test_verdict_is_heard_as_it_was_told(error: MemparError | None) -> None:
+    pipe = io.StringIO()
+    words.tell(error, pipe)
+    is_verdict, heard = words.hear_verdict(pipe.getvalue().splitlines()[-1])
+    assert is_verdict
+    assert (type(heard), str(heard)) == (type(error), str(error))
+
+
+def test_other_lines_are_no_verdict() -> None:
+    assert words.hear_verdict("step 1 | loss 2") == (False, None)
+    assert words.hear_verdict("@mempar-verdict {not json") == (False, None)
+
+
+def test_damaged_checkpoint_is_passed_over_and_keeps_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = RunDir(tmp_path)
+    for step in (10, 20, 30):
+        (paths.checkpoint(step)).mkdir(parents=True)
+        (paths.checkpoint(step) / "manifest.json").touch()
+    monkeypatch.setattr(going_on, "check_same_data", lambda manifest, run: None)
+
+    def open_it(path: Path, run: RunConfig) -> Path:
+        if path.name.endswith("30"):
+            raise DamagedError("its manifest is cut short.")
+        return path
+
+    monkeypatch.setattr(going_on, "open_checkpoint", open_it)
+    said: list[str] = []
+    assert going_on.starting_point(paths, RunConfig(), said.append) == paths.checkpoint(20)
+    assert said == ["step_00000030 is passed over: its manifest is cut short."]
+    # A piece of the next one turns out to be damaged when it is read.
+    found = DamagedError("a block has another checksum.")
+    told = going_on.pass_over(paths.checkpoint(20), paths, found, writes=True)
+    assert told.exit_status == 1
+    assert str(told) == f"{found} The next start of this run goes on from step_00000010."
+    assert going_on.starting_point(paths, RunConfig(), said.append) == paths.checkpoint(10)
+    assert said[-1] == "step_00000020 is passed over: a block has another checksum."
+    # There is nothing before the first one, and one of another run is not for this one to pass over.
+    assert going_on.pass_over(paths.checkpoint(10), paths, found, writes=True) is found
+    assert going_on.pass_over(tmp_path / "elsewhere", paths, found, writes=True) is found
+
+
+def test_a_run_without_checkpoints_starts_from_where_it_was_to(tmp_path: Path) -> None:
+    paths = RunDir(tmp_path)
+    assert going_on.starting_point(paths, RunConfig(), print) is None
+    going_on.record_start(paths, Path("/somewhere/step_00000010"))
+    assert going_on.starting_point(paths, RunConfig(), print) == Path("/somewhere/step_00000010")
+    going_on.record_start(paths, None)
+    assert going_on.starting_point(paths, RunConfig(), print) is None
+    (paths.launch / "start.json").write_text("{")
+    with pytest.raises(ConfigError, match="launch the run anew"):
+        going_on.starting_point(paths, RunConfig(), print)
