@@ -46,7 +46,8 @@ _PACKAGES = {
     "ssh-keygen": "openssh-client",
     "sshd": "openssh-server",
 }
-_SETTLE_SECONDS = 5.0
+# What a busy machine may take for anything that is waited for.
+_SETTLE_SECONDS = 20.0
 _POLL_SECONDS = 0.02
 # Of several at once in one session.
 _numbers = itertools.count()

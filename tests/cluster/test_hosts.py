@@ -1,14 +1,18 @@
 """The hosts on one machine are hosts: names, addresses, ranks across them, cuts and failures; nothing is left."""
 
 import json
+import os
 import shlex
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from hosts import INTERFACE, SUBMIT, Hosts, wait_for
+from hosts import INTERFACE, SUBMIT, Hosts, remove_strays, wait_for
+from programs import need_programs
 
 pytestmark = pytest.mark.cluster
 
@@ -39,7 +43,7 @@ def test_ranks_on_two_hosts_reduce_over_gloo(hosts: Hosts, tmp_path: Path):
             f"GLOO_SOCKET_IFNAME={INTERFACE} OMP_NUM_THREADS=1 {torchrun}{shlex.join([str(script), str(tmp_path)])}"
         )
         agents.append(hosts.start([*hosts.ssh, name, command]))
-    said = [agent.communicate(timeout=60)[0] for agent in agents]
+    said = [agent.communicate(timeout=240)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     seen = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [rank["host"] for rank in seen] == ["hostA", "hostB"]
@@ -52,8 +56,8 @@ def test_a_dropped_link_ends_ssh_and_not_what_it_runs(hosts: Hosts):
     assert wait_for(lambda: "sleep 300" in hosts.processes("hostB").values())
     hosts.drop_link("hostB")
     began = time.monotonic()
-    said, _ = ssh.communicate(timeout=15)
-    assert time.monotonic() - began < 10.0
+    said, _ = ssh.communicate(timeout=30)
+    assert time.monotonic() - began < 15.0
     assert ssh.returncode == 255 and "not responding" in said, said
     # The other host is still reached, this one is not.
     assert hosts.run([*hosts.ssh, "hostA", "echo here"]).stdout == "here\n"
@@ -71,7 +75,7 @@ def test_a_killed_sshd_ends_its_connections(hosts: Hosts):
     ssh = hosts.start([*hosts.ssh, "hostB", "cat; exec sleep 0.2"])
     assert wait_for(lambda: bool(hosts.processes("hostB")))
     hosts.kill_sshd("hostB")
-    said, _ = ssh.communicate(timeout=5)
+    said, _ = ssh.communicate(timeout=20)
     assert ssh.returncode == 255, said
     refused = hosts.run([*hosts.ssh, "hostB", "true"], check=False)
     assert refused.returncode == 255 and "Connection refused" in refused.stderr
@@ -94,3 +98,23 @@ def test_all_is_removed_after_a_failure():
     assert made.was_left == ["hostA: sleep 300"]
     assert made.leftovers() == []
     assert files and not any(path.exists() for path in files)
+
+
+def test_what_killed_sessions_left_is_removed():
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    name = f"mpt{gone.pid}-0-hostA"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    sleeper = subprocess.Popen(["ip", "netns", "exec", name, "sleep", "300"])
+    directory = Path(tempfile.mkdtemp(prefix=f"mpt{gone.pid}-0-"))
+    with Hosts(1) as others:
+        remove_strays()
+        assert others.run(["hostname"], on="hostA").stdout == "hostA\n"
+    assert sleeper.wait(timeout=5) == -9
+    assert not directory.exists() and not Path("/run/netns", name).exists()
+
+
+def test_without_root_one_line_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(pytest.fail.Exception, match="^not root: .*run them as root.$"):
+        need_programs({"sh": "dash"})
