@@ -116,5 +116,5 @@ def test_what_killed_sessions_left_is_removed():
 
 def test_without_root_one_line_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(pytest.fail.Exception, match="^not root: .*run them as root.$"):
+    with pytest.raises(pytest.fail.Exception, match=r"^not root: .*run them as root\.$"):
         need_programs({"sh": "dash"})
