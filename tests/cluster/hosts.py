@@ -71,7 +71,8 @@ class Hosts:
         self.addresses |= {name: f"{_NETWORK}.{11 + index}" for index, name in enumerate(self.names)}
         self.was_left: list[str] = []
         self._tag = f"{_PREFIX}{os.getpid()}-{next(_numbers)}-"
-        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._started: list[subprocess.Popen[str]] = []
+        self._daemons: dict[str, subprocess.Popen[str]] = {}
         self._inodes: set[int] = set()
 
     def __enter__(self) -> "Hosts":
@@ -111,7 +112,8 @@ class Hosts:
     def start(self, command: Sequence[str], *, on: str = SUBMIT, **options: Any) -> subprocess.Popen[str]:
         """Start a command on a host, without ssh; its pid is the command's own, so that signals reach it."""
         options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
-        return subprocess.Popen(self._there(command, on), text=True, **options)
+        self._started.append(subprocess.Popen(self._there(command, on), text=True, **options))
+        return self._started[-1]
 
     def hostfile(self, slots: int = 1, names: Sequence[str] = ()) -> Path:
         """Write a hostfile, of all hosts unless some are named."""
@@ -183,9 +185,11 @@ class Hosts:
         made = [name for name in (SUBMIT, *self.names) if (_NETNS / self._netns(name)).exists()]
         self.was_left = [f"{name}: {line}" for name in made for line in self.processes(name).values()]
         _empty([self._netns(name) for name in made])
-        for daemon in self._daemons.values():
-            daemon.wait()
-        self._daemons.clear()
+        for process in self._started:
+            process.wait()
+            # What the test did not read.
+            if process.stdout:
+                process.stdout.close()
         _remove(self._tag)
         # The kernel takes a namespace down a moment after its name.
         wait_for(lambda: not self.leftovers())
