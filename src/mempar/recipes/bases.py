@@ -2,9 +2,9 @@
 
 Llama blocks with RMSNorm, SwiGLU and RoPE, and untied embeddings. The paper gives widths and totals; shapes are those
 that reproduce its totals (720m's is inferred), 8b is that of Llama 3. Published too: 1T tokens, the vocabularies, where
-memory layers stand. For its 373m models the paper's configuration says sequences of 4096, theta 5e5, AdamW(.9, .95) with
-1e-4 falling linearly to 1% after 4000 steps of warm-up, and batches of about 8M tokens: that is taken for all of them.
-Chosen here: Llama 3's sequences of 8192 for 8b, how many GPUs, micro-batches and layouts.
+memory layers stand. The configuration of its 373m models says sequences of 4096, theta 5e5, AdamW(.9, .95) with 1e-4
+falling linearly to 1% after 4000 steps of warm-up, and 1T tokens in 128k steps: taken for all of them, with batches of
+8M tokens. Chosen here: Llama 3's sequences of 8192 for 8b, how many GPUs, micro-batches and layouts.
 """
 
 from dataclasses import dataclass

@@ -56,8 +56,13 @@ class Mix:
         return tuple(f"{self.folder}/{name}" for name in self.weights)
 
 
-_WIKIPEDIA_LANGUAGES = "bg ca cs da de en es fr hr hu it nl pl pt ro ru sl sr sv uk".split()
-_FINEWEB2_LANGUAGES = "cmn_Hani deu_Latn fra_Latn ita_Latn jpn_Jpan por_Latn rus_Cyrl spa_Latn".split()
+_WIKIPEDIA_LANGUAGES = (
+    "bg", "ca", "cs", "da", "de", "en", "es", "fr", "hr", "hu",
+    "it", "nl", "pl", "pt", "ro", "ru", "sl", "sr", "sv", "uk",
+)  # fmt: skip
+_FINEWEB2_LANGUAGES = (
+    "cmn_Hani", "deu_Latn", "fra_Latn", "ita_Latn", "jpn_Jpan", "por_Latn", "rus_Cyrl", "spa_Latn",
+)  # fmt: skip
 
 DATA_SETS = {
     "fineweb": DataSet(
@@ -172,6 +177,9 @@ LLAMA3_MIX = Mix(
         "fineweb2": 0.08,
     },
 )
+
+# Whose terms must be accepted first, as those of gated data sets.
+GATED_TOKENIZERS = (LLAMA2_MIX.tokenizer, LLAMA3_MIX.tokenizer)
 
 
 def commands_of(name: str, *, tokenizer: str, prefix: str) -> list[str]:

@@ -125,7 +125,7 @@ def _memory(memory: MemoryConfig, layers: tuple[int, ...], faster: float) -> Mem
 
 
 def _experts(run: RunConfig, blocks: int) -> MoeConfig:
-    taken = {block for memory in run.memories.values() for block in memory.layers}
+    taken = set(_scaled(run.memory_layers, run.model.num_layers, blocks))
     layers = sorted(
         set(_scaled((block for block in run.moe.layers if block not in taken), run.model.num_layers, blocks))
     )
