@@ -105,7 +105,7 @@ def _choices() -> list[Choice]:
 def make_run(choice: Choice) -> RunConfig:
     """Compose a base, a memory and hardware."""
     base = BASES[choice.base]
-    batch = {"global_batch_size": base.global_batch_size, "seq_length": base.seq_length}
+    batch, length = base.global_batch_size, base.seq_length
     return RunConfig(
         name=choice.name,
         model=base.model,
@@ -114,8 +114,9 @@ def make_run(choice: Choice) -> RunConfig:
         parallel=_layout(base, choice),
         optim=OptimConfig(lr=1e-4, min_lr=1e-6, warmup_steps=4000, schedule="linear", weight_decay=0.1, clip_grad=1.0),
         train=TrainConfig(
-            steps=steps_of(TOKENS, **batch),
-            **batch,
+            steps=steps_of(TOKENS, global_batch_size=batch, seq_length=length),
+            global_batch_size=batch,
+            seq_length=length,
             micro_batch_size=base.micro_batch_size,
             dtype=PRECISION,
             save_interval=1000,
