@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 from mempar.errors import MemparError
@@ -32,6 +33,8 @@ def run_rank(paths: RunDir, load: Path | None, launched: float, stopping: Stoppi
         stopping: what signals to this process ask for.
         heartbeat: this rank's signs of life.
     """
+    # Megatron's distributed optimizer calls collectives by names that torch is renaming: no news to whoever trains.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     import torch.distributed as dist
 
     from mempar.runtime import bringup
