@@ -46,6 +46,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["train", "/nowhere.yaml"], "does not exist"),
         (["train", "nowhere:recipe"], "cannot be imported"),
         (["recipes", "smok"], "did you mean smoke"),
+        (["train", "134m_dense_16xh100_bf16"], "did you mean 134m_dense_8xh100_bf16"),
         (["train", "smoke", "data.tokenizer=gpt2"], "the tokenizers are: byte, hf:PATH_OR_NAME, sentencepiece:FILE"),
         (["prepare", "/nowhere", "--tokenizer", "byte", "--out", "x"], "/nowhere does not exist"),
         (["prepare", "/", "--tokenizer", "gpt2", "--out", "x"], "--tokenizer=gpt2 is not known"),
@@ -82,7 +83,7 @@ def test_recipes_lists_and_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit):
         cli.main()
     rows = json.loads(capsys.readouterr().out)
-    keys = {"name", "total_params", "active_params", "memory_params", "flops_per_token", "gpus"}
+    keys = {"name", "total_params", "active_params", "memory_params", "flops_per_token", "gpus", "hardware"}
     assert all(keys <= row.keys() for row in rows)
     monkeypatch.setattr(sys, "argv", ["mempar", "recipes", "smoke"])
     with pytest.raises(SystemExit):

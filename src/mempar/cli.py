@@ -198,11 +198,14 @@ def prepare(
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe's resolved config.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="List the tiny twins too, which train on a CPU: NAME_tiny.")
+    ] = False,
 ) -> None:
-    """List the recipes with their sizes, or print one."""
+    """List the recipes with sizes, GPUs and layouts, or print one with every setting."""
     from mempar.tools import recipe_list
 
-    typer.echo(recipe_list.show(name, as_json=as_json))
+    typer.echo(recipe_list.show(name, as_json=as_json, tiny=tiny))
 
 
 def main() -> None:

@@ -1,19 +1,30 @@
 """Recipes: functions that return a RunConfig, by name.
 
-A recipe is data: sizes, schedules, data mixes and layouts, nothing that runs.
+A recipe is data: sizes, schedules, data mixes and layouts, nothing that runs. Every recipe NAME has a twin NAME_tiny
+of the same structure for the machine at hand (see tiny.py).
 """
 
 import difflib
 import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mempar.errors import ConfigError
+from mempar.recipes.published import PUBLISHED
 from mempar.recipes.smoke import smoke
+from mempar.recipes.tiny import SUFFIX, tiny
 from mempar.runtime.config import RunConfig
 from mempar.runtime.overrides import load_yaml
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {"smoke": smoke}
+RECIPES: dict[str, Callable[[], RunConfig]] = {"smoke": smoke, **PUBLISHED}
+
+
+def _twin(recipe: Callable[[], RunConfig]) -> RunConfig:
+    return tiny(recipe())
+
+
+TWINS: dict[str, Callable[[], RunConfig]] = {name + SUFFIX: partial(_twin, recipe) for name, recipe in RECIPES.items()}
 
 
 def find_recipe(name: str) -> RunConfig:
@@ -22,13 +33,14 @@ def find_recipe(name: str) -> RunConfig:
     Raises:
         ConfigError: when there is no such thing; near names are listed.
     """
-    if name in RECIPES:
-        return RECIPES[name]()
+    known = {**RECIPES, **TWINS}
+    if name in known:
+        return known[name]()
     if name.endswith((".yaml", ".yml")):
         return load_yaml(Path(name))
     if ":" in name:
         return _from_module(name)
-    near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else f"the recipes are: {', '.join(RECIPES)}."
     raise ConfigError(f"'{name}' is no recipe; give a recipe's name, a YAML file or module:function; {hint}")
 

@@ -16,6 +16,7 @@ from mempar.runtime.launch.stopping import Terminated, sigterm_raises
 from mempar.runtime.overrides import override
 from mempar.runtime.preflight import check_data, check_layout
 from mempar.runtime.run_dir import RunDir, check_free, open_existing, open_new
+from mempar.tools.missing_data import check_named_data
 
 CORPORA = ("stdlib",)
 
@@ -88,9 +89,14 @@ def _checkpoint(root: Path, run: RunConfig, *, resume: bool, start_from: Path | 
 
 
 def with_data(run: RunConfig, say: Callable[[str], None]) -> RunConfig:
-    """Return the run with its data on disk: a built-in corpus is made, or found made, for it."""
+    """Return the run with its data on disk: a built-in corpus is made, or found made, for it.
+
+    Raises:
+        ConfigError: for data that are not there, with the commands that make them, or that do not fit the run.
+    """
     if run.data.corpus and not run.data.paths:
         run = _with_corpus(run, say)
+    check_named_data(run)
     check_data(run)
     return run
 

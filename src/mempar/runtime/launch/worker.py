@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 from mempar.errors import DamagedError, MemparError
@@ -36,6 +37,8 @@ def run_rank(
         heartbeat: this rank's signs of life.
         go_on: find out what to continue from.
     """
+    # Megatron's distributed optimizer calls collectives by names that torch is renaming: no news to whoever trains.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     import torch.distributed as dist
 
     from mempar.runtime import bringup
