@@ -51,9 +51,7 @@ def held_bytes(session: Session) -> dict[str, int]:
         "gradients": sum(gradients.values()),
         "optimizer_state": sum(state.values()),
         "table_values": sum(storages(table.shard.values for table in model.tables).values()),
-        "table_state": sum(
-            sum(storages(each.state.values()).values()) for each in optimizers.tables.values()
-        )
+        "table_state": sum(sum(storages(each.state.values()).values()) for each in optimizers.tables.values())
         + sum(storages(history.last_read for history in optimizers.histories.values()).values()),
     }
 

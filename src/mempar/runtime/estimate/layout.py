@@ -80,6 +80,17 @@ class Layout:
         """Bytes of a number that is computed in float32 at least."""
         return max(4, self.value_bytes)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run is meant for GPUs, whose engine has TransformerEngine's blocks."""
+        return self.run.hardware.kind is not None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether Triton's kernels compute what memory layers need."""
+        backend = self.run.kernels.backend
+        return backend == "triton" or (backend == "auto" and self.on_gpu)
+
     @cached_property
     def batch(self) -> BatchPlan:
         """The cut of a global batch."""
