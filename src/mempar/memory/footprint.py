@@ -8,9 +8,9 @@ temporaries do. No term grows with S but the shard's own rows (under `adamw` too
 
 with E entries and B output gradients deposited, U rows touched, g bytes a number of arithmetic, c columns
 joined at a time, c' elements updated at a time and k of their copies (4, or 6 with stochastic rounding).
-Holders of copies gather each other's sums besides: (2 G + 1) U D_j g more in a group of G where all touch
-U rows. Triton's kernels join no columns and update rows in place; they take an index of 45 bytes an entry instead of
-16 + g, beside its row, bag and weight. Nothing here imports torch.
+Holders of copies send and receive each other's sums besides: 2 G U D_j g more in a group of G that touch U rows
+each. Triton's kernels join no columns and update rows in place; they take an index of 45 bytes an entry instead of
+8 + g, beside its row, bag and weight. Nothing here imports torch.
 """
 
 from dataclasses import dataclass

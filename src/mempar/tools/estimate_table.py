@@ -12,6 +12,8 @@ from mempar.runtime.hardware import Gpu
 _HELD = ("weights", "gradients", "optimizer_state", "table_values", "table_state", "reserved")
 _PASSES = ("records", "early_sums", "activations", "logits", "recomputed", "buffers")
 _UPDATE = ("records", "row_sums")
+# What the allocator may need beyond tensors, for it hands out blocks and cannot move them; a rule of thumb.
+_SPARE_SHARE = 0.05
 _NOTES = {
     "reserved": "reserved (assumed)",
     "recomputed": "block at hand, or logits",
@@ -76,6 +78,7 @@ def _verdict(estimate: Estimate, gpu: Gpu | None) -> str:
     total = estimate.worst.total
     if gpu is None:
         return f"{place} needs {total / 2**20:.1f} MiB on {estimate.num_ranks} ranks"
-    fits = "fits" if estimate.fits(gpu) else "does not fit"
+    left = 1 - total / gpu.memory_bytes
+    fits = "does not fit" if left < 0 else "fits" if left > _SPARE_SHARE else "fits barely, fragments may not"
     need = f"{place} needs {total / 2**30:.1f} of {gpu.memory_bytes / 2**30:.1f} GiB"
     return f"{need} on {estimate.num_ranks} {gpu.label}: {fits}"

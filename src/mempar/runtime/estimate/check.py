@@ -1,14 +1,20 @@
 """Refusing a run that does not fit its GPUs, with what to change."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from mempar.errors import ConfigError
 from mempar.runtime.config import RunConfig
 from mempar.runtime.estimate.report import Estimate, estimate
 from mempar.runtime.hardware import Gpu
 
-# Kinds of bytes that an error names.
-_NAMED = 3
+# Kinds of bytes, and changes, that an error names.
+_NAMED, _ADVISED = 3, 4
+# A limit of records to try.
+_DEPOSIT_BYTES = 4 << 30
+# What is changed, in words, and how.
+Change = tuple[str, Callable[[], RunConfig]]
 
 
 def check_fits(run: RunConfig, num_ranks: int) -> Estimate:
@@ -45,60 +51,70 @@ def gib(size: int) -> str:
 
 
 def advice(found: Estimate, gpu: Gpu) -> list[str]:
-    """Changes that need less memory, each with what it would leave, those that fit first."""
+    """Changes that need less memory, each with what it would need, those that need least first."""
     tried: dict[str, int] = {}
-    for words, run in _alternatives(found.run, found.num_ranks):
+    for words, change in [*_changes_of_layout(found.run, found.num_ranks), *_changes_of_tables(found.run)]:
         try:
-            total = estimate(run, found.num_ranks).worst.total
+            total = estimate(change(), found.num_ranks).worst.total
         except ConfigError:
+            # Other sizes of the run do not allow it.
             continue
         if total < found.worst.total:
-            tried.setdefault(words, total)
-    if not tried:
-        return ["more GPUs, or a smaller model"]
-    ranked = sorted(tried.items(), key=lambda item: item[1])
+            tried[words] = total
+    ranked = sorted(tried.items(), key=lambda item: item[1])[:_ADVISED]
     some = [
         f"{words} ({gib(total)}{'' if total <= gpu.memory_bytes else ', still too much'})" for words, total in ranked
     ]
-    enough = any(total <= gpu.memory_bytes for total in tried.values())
-    return some if enough else [*some, "several of these together, or more GPUs"]
+    if ranked and ranked[0][1] <= gpu.memory_bytes:
+        return some
+    return [*some, "several of these together" if len(some) > 1 else "a smaller run", "more GPUs"]
 
 
-def _alternatives(run: RunConfig, num_ranks: int) -> list[tuple[str, RunConfig]]:
-    """The run with one setting changed."""
-    train, sizes, memory = run.train, run.parallel, run.memory
-    found: list[tuple[str, RunConfig]] = []
-
-    def with_memory(words: str, **settings: object) -> None:
-        memories = [replace(each, **settings) for each in (memory, *run.more_memories)]
-        found.append((words, replace(run, memory=memories[0], more_memories=tuple(memories[1:]))))
-
-    if not sizes.distributed_optimizer and train.dtype != "float64":
-        found.append(("parallel.distributed_optimizer=true", run.with_parallel(distributed_optimizer=True)))
+def _changes_of_layout(run: RunConfig, num_ranks: int) -> Iterator[Change]:
+    """The run with one setting of layout, batch or recomputation changed."""
+    train, sizes = run.train, run.parallel
+    if not sizes.distributed_optimizer:
+        yield "parallel.distributed_optimizer=true", lambda: run.with_parallel(distributed_optimizer=True)
+    wider = {"tp": 2 * sizes.tp, "sequence_parallel": True}
+    yield f"parallel.tp={2 * sizes.tp} with parallel.sequence_parallel=true", lambda: run.with_parallel(**wider)
     if train.recompute != "full":
-        full = replace(run, train=replace(train, recompute="full"))
-        found.append(("train.recompute=full", full))
-    if train.micro_batch_size > 1:
-        half = train.micro_batch_size // 2
-        less = replace(run, train=replace(train, micro_batch_size=half))
-        found.append((f"train.micro_batch_size={half}", less))
-    if not memory.enabled:
-        return found
-    stage = num_ranks // sizes.pp
-    if sizes.mp * 2 <= stage and stage % (sizes.mp * 2) == 0:
-        # A grid keeps its rows; a table of row shards gets more of them.
-        rows = sizes.mp_rows * 2 if sizes.mp_rows == sizes.mp > 1 else sizes.mp_rows
-        found.append((f"parallel.mp={sizes.mp * 2}", run.with_parallel(mp=sizes.mp * 2, mp_rows=rows)))
-    if sizes.mp_rows != 1 and sizes.mp > 1:
-        found.append(("parallel.mp_rows=1", run.with_parallel(mp_rows=1, mp_hops=1)))
-    if memory.optimizer != "row_adagrad":
-        with_memory("memory.optimizer=row_adagrad", optimizer="row_adagrad", moments_dtype="float32")
-    if memory.optimizer == "row_adam" and memory.moments_dtype != "bf16" and run.table_dtype_of(memory) != "float64":
-        with_memory("memory.moments_dtype=bf16", moments_dtype="bf16")
-    if run.table_dtype_of(memory) == "float32":
-        with_memory("memory.dtype=bf16", dtype="bf16")
-    if run.table_dtype_of(memory) == "bf16" and memory.rounding == "master":
-        with_memory("memory.rounding=stochastic", rounding="stochastic")
-    if not memory.deposit_bytes:
-        with_memory("memory.deposit_bytes=4294967296", deposit_bytes=4 << 30)
-    return found
+        yield "train.recompute=full", lambda: replace(run, train=replace(train, recompute="full"))
+    half = train.micro_batch_size // 2
+    if half:
+        yield f"train.micro_batch_size={half}", lambda: replace(run, train=replace(train, micro_batch_size=half))
+    if not run.memories:
+        return
+    if num_ranks // sizes.pp % (2 * sizes.mp) == 0:
+        # Row shards stay row shards, columns columns, and a grid keeps its rows.
+        rows = 2 * sizes.mp_rows if sizes.mp_rows == sizes.mp > 1 else sizes.mp_rows
+        yield f"parallel.mp={2 * sizes.mp}", lambda: run.with_parallel(mp=2 * sizes.mp, mp_rows=rows)
+    tiles = min(-(-run.value_dim_of(memory) // memory.column_tile) for memory in run.memories.values())
+    fewest = next(rows for rows in range(1, sizes.mp + 1) if sizes.mp % rows == 0 and sizes.mp // rows <= tiles)
+    if fewest != sizes.mp_rows:
+        yield f"parallel.mp_rows={fewest}", lambda: run.with_parallel(mp_rows=fewest, mp_hops=1)
+
+
+def _changes_of_tables(run: RunConfig) -> Iterator[Change]:
+    """The run with one setting of its memories changed."""
+    if not run.memories:
+        return
+    first = run.memory
+
+    def changed(**settings: Any) -> Callable[[], RunConfig]:
+        return lambda: replace(
+            run,
+            memory=replace(first, **settings),
+            more_memories=tuple(replace(memory, **settings) for memory in run.more_memories),
+        )
+
+    if first.optimizer != "row_adagrad":
+        yield "memory.optimizer=row_adagrad", changed(optimizer="row_adagrad", moments_dtype="float32")
+    if first.optimizer == "row_adam" and first.moments_dtype != "bf16":
+        yield "memory.moments_dtype=bf16", changed(moments_dtype="bf16")
+    dtype = run.table_dtype_of(first)
+    if dtype == "float32":
+        yield "memory.dtype=bf16", changed(dtype="bf16")
+    if dtype == "bf16" and first.rounding == "master":
+        yield "memory.rounding=stochastic", changed(rounding="stochastic")
+    if not first.deposit_bytes:
+        yield f"memory.deposit_bytes={_DEPOSIT_BYTES}", changed(deposit_bytes=_DEPOSIT_BYTES)

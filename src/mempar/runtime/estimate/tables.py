@@ -23,6 +23,8 @@ from mempar.runtime.estimate.layout import Layout
 
 # An int32 a row: the step in which it was read last.
 _HISTORY_BYTES = 4
+# Elements of a gradient that are squared at a time; see runtime/optim.py.
+_NORM_ELEMENTS = 1 << 24
 # Row, bag and a float32 weight of a row that was summed early.
 _SUMMED_ENTRY_BYTES = 12
 
@@ -167,7 +169,8 @@ def _times(lookup: Deposits, count: int, num_rows: int) -> Deposits:
 def _peak_of_update(layout: Layout, shards: list[_Shard]) -> int:
     """Most bytes of records, sums and what makes them, after the last backward pass.
 
-    Shard after shard is summed by row and over copies; then all are updated, so that their sums exist together.
+    Shard after shard is summed by row and over copies; then their norms are taken and all are updated, so that their
+    sums exist together.
     """
     fused = layout.is_fused
     records, sums, peak = sum(shard.records for shard in shards), 0, 0
@@ -178,4 +181,7 @@ def _peak_of_update(layout: Layout, shards: list[_Shard]) -> int:
         gathered = shard.sums * (1 + 2 * shard.copies) if shard.copies > 1 else 0
         peak = max(peak, records + sums + gathered)
         sums += shard.sums_over_copies
-    return max(peak, *(sums + shard.updating(fused=fused) for shard in shards)) if shards else 0
+    updating = max((shard.updating(fused=fused) for shard in shards), default=0)
+    # A block of a gradient in float64, and its squares.
+    squares = max((min(_NORM_ELEMENTS, shard.sums_over_copies // layout.wide_bytes) for shard in shards), default=0)
+    return max(peak, sums + max(updating, 2 * 8 * squares))
