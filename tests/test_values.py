@@ -65,12 +65,12 @@ def test_records_stay_within_deposit_bytes_and_the_touched_rows() -> None:
 
 
 def test_gradient_is_the_same_when_columns_are_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mempar.kernels import reduce_rows
+    from mempar.kernels import blocking
 
     made = deposits(4, torch.float64)
     rows, grads, _ = gradient(0, made, torch.float64)
-    monkeypatch.setattr(reduce_rows, "_BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(reduce_rows, "_BLOCK_COLUMNS", 9)
+    monkeypatch.setattr(blocking, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(blocking, "_BLOCK_COLUMNS", 9)
     block_rows, block_grads, _ = gradient(0, made, torch.float64)
     assert torch.equal(rows, block_rows)
     torch.testing.assert_close(block_grads, grads, rtol=1e-14, atol=1e-14)

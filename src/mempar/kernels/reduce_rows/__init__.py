@@ -9,14 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mempar.kernels.blocking import block_columns
 from mempar.kernels.checks import check_device, check_ids, check_rows, require
 from mempar.kernels.dispatch import Backend
 from mempar.kernels.weighted_gather import weighted_gather
-
-# Elements of gradient parts and sums that are made at a time, and the least width of a block of columns (below
-# it reading rows wastes cache lines).
-_BLOCK_ELEMENTS = 1 << 20
-_BLOCK_COLUMNS = 32
 
 
 def reduce_rows(
@@ -124,11 +120,6 @@ def _joined(grads: Sequence[Tensor], columns: slice, num_bags: int, like: Tensor
     for part, grad in zip(joined.split([len(grad) for grad in grads]), grads, strict=True):
         part.copy_(grad[:, columns])
     return joined
-
-
-def block_columns(num_bags: int, num_rows: int) -> int:
-    """Columns that `reduce_row_parts` joins and sums at a time."""
-    return max(_BLOCK_COLUMNS, _BLOCK_ELEMENTS // max(1, num_bags + num_rows))
 
 
 def _sort_entries(row_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mempar.kernels.blocking import CHUNK_ELEMENTS
 from mempar.kernels.row_update.rows import Adagrad, Adam, Rule, TableRows
-
-# Elements updated at a time, which bounds the temporaries.
-CHUNK_ELEMENTS = 1 << 20
 
 
 def update_rows(table: TableRows, rule: Rule, rows: Tensor, grad: Tensor, *, step: int, scale: float) -> None:
