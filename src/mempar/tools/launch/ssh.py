@@ -1,0 +1,216 @@
+"""A launch over plain OpenSSH: one connection a host, and on it the host's agent, which lives as long as the connection.
+
+The launcher writes beats and signals to the agents, shows what they write with their host's name before it, and ends
+all when one is lost: the others get a while to end by themselves, since they know why they fail.
+"""
+
+import shlex
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mempar.errors import MemparError
+from mempar.runtime.launch import words
+from mempar.runtime.launch.stopping import heed_signals
+from mempar.tools.launch.hostfile import Host
+from mempar.tools.launch.profile import LaunchProfile
+
+# What agents get to end by themselves when one host failed: longer than they take to find out why.
+_GRACE_SECONDS = 30.0
+# For connections to be closed once their agents were told to end at once.
+_LEAVE_SECONDS = 10.0
+_POLL_SECONDS = 0.1
+# ssh's own failures, as its manual has it.
+_OF_SSH = 255
+_ALIVE = ("ServerAliveInterval=5", "ServerAliveCountMax=3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SshLaunch:
+    """What is started on every host.
+
+    Attributes:
+        hosts: the first one is the head; each takes as many ranks as it has slots.
+        run_dir: the run's directory, the same on all hosts.
+        workdir: where the command was given; the profile's comes before it.
+        profile: of the cluster, with flags.
+        port: of the rendezvous on the head.
+        attempt: names this start of the run.
+    """
+
+    hosts: tuple[Host, ...]
+    run_dir: Path
+    workdir: Path
+    profile: LaunchProfile
+    port: int
+    attempt: str
+
+
+def ssh_command(profile: LaunchProfile) -> list[str]:
+    """The command and its options, up to the host's name."""
+    ssh = profile.ssh
+    given = {"-F": ssh.config, "-l": ssh.user, "-p": str(ssh.port or ""), "-i": ssh.identity}
+    command = ["ssh", *(word for option, value in given.items() if value for word in (option, value))]
+    options = (*ssh.options, "BatchMode=yes", f"ConnectTimeout={ssh.connect_timeout}", *_ALIVE)
+    return [*command, "-T", *(word for option in options for word in ("-o", option))]
+
+
+def commands(launch: SshLaunch) -> list[list[str]]:
+    """One command for every host, as they are run."""
+    return [[*ssh_command(launch.profile), host.name, _remote(launch, rank)] for rank, host in enumerate(launch.hosts)]
+
+
+def run_over_ssh(launch: SshLaunch, say: Callable[[str], None]) -> None:
+    """Start the agents and wait for them; must be called in the main thread.
+
+    SIGTERM and SIGINT let the run save and end, and this function return; a second SIGINT ends it at once.
+
+    Raises:
+        MemparError: when the run failed, with the one message.
+        KeyboardInterrupt: at the second SIGINT.
+    """
+    agents = [
+        _Agent(host.name, command, say) for host, command in zip(launch.hosts, commands(launch), strict=True)
+    ]
+    watch = _Watch(agents)
+    try:
+        with heed_signals(watch.tell, watch.end_now):
+            watch.until_all_ended()
+    finally:
+        for agent in agents:
+            agent.close()
+    if watch.interrupted:
+        raise KeyboardInterrupt
+    error = _verdict(agents)
+    if error is not None:
+        raise error
+
+
+def _remote(launch: SshLaunch, rank: int) -> str:
+    """One word for the account's shell, whichever it is."""
+    profile, head = launch.profile, launch.hosts[0]
+    agent = [profile.interpreter, "-m", "mempar.runtime.launch.node", str(launch.run_dir)]
+    agent += ["--nodes", str(len(launch.hosts)), "--nproc", str(head.slots), "--node-rank", str(rank)]
+    agent += ["--node", launch.hosts[rank].name, "--rendezvous", f"{head.name}:{launch.port}"]
+    agent += ["--attempt", launch.attempt, "--patience", str(profile.rendezvous_seconds), "--stdin"]
+    steps = [f"module load {shlex.join(profile.modules)}"] if profile.modules else []
+    steps += profile.setup
+    steps += [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
+    steps += [f"cd {shlex.quote(profile.workdir or str(launch.workdir))}", f"exec {shlex.join(agent)}"]
+    # `module` is a function of login shells.
+    shell = "bash -l -c" if profile.modules else "sh -c"
+    return f"exec {shell} {shlex.quote(' && '.join(steps))}"
+
+
+class _Agent:
+    """A host's agent, at the other end of a connection."""
+
+    def __init__(self, host: str, command: Sequence[str], say: Callable[[str], None]) -> None:
+        self.host, self.error, self.has_verdict = host, None, False
+        self._say = say
+        pipe = subprocess.PIPE
+        # A session of its own: ^C reaches the launcher alone, which passes it on.
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True, bufsize=0
+        )
+        self._reader = threading.Thread(target=self._read, name=f"reader {host}", daemon=True)
+        self._reader.start()
+        self.last_line = ""
+
+    @property
+    def status(self) -> int | None:
+        """Of the connection; None while it lasts."""
+        return self.process.poll()
+
+    def tell(self, word: str) -> None:
+        """Say a word; who is gone does not hear it."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{word}\n".encode())
+        except (BrokenPipeError, ValueError):
+            pass
+
+    def close(self) -> None:
+        """End the connection; the agent ends with it."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join(timeout=_LEAVE_SECONDS)
+        self.process.stdout.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for raw in iter(self.process.stdout.readline, b""):
+            line = raw.decode(errors="replace").rstrip("\r\n")
+            is_verdict, error = words.hear_verdict(line)
+            if is_verdict:
+                self.has_verdict, self.error = True, error
+            elif line:
+                self.last_line = line
+                self._say(f"[{self.host}] {line}")
+
+
+class _Watch:
+    """The launcher's side of all connections."""
+
+    def __init__(self, agents: list[_Agent]) -> None:
+        self.interrupted = False
+        self._agents = agents
+        self._wishes: list[str] = []
+
+    def tell(self, word: str) -> None:
+        """Pass a signal on; may be called in a signal's handler."""
+        self._wishes.append(word)
+
+    def end_now(self) -> None:
+        """End all at once; may be called in a signal's handler."""
+        self.interrupted = True
+
+    def until_all_ended(self) -> None:
+        """Beat, pass on, and see the agents end."""
+        beaten, failed_at, told_to_end = 0.0, 0.0, 0.0
+        while any(agent.status is None for agent in self._agents):
+            now = time.monotonic()
+            running = [agent for agent in self._agents if agent.status is None]
+            said = [self._wishes.pop(0) for _ in range(len(self._wishes))]
+            if now - beaten > words.BEAT_SECONDS:
+                beaten = now
+                said.append(words.BEAT)
+            if not failed_at and any(agent.status for agent in self._agents):
+                failed_at = now
+            if not told_to_end and (self.interrupted or (failed_at and now - failed_at > _GRACE_SECONDS)):
+                told_to_end = now
+                said.append(words.KILL)
+            for word in said:
+                for agent in running:
+                    agent.tell(word)
+            if told_to_end and now - told_to_end > _LEAVE_SECONDS:
+                return
+            time.sleep(_POLL_SECONDS)
+
+
+def _verdict(agents: list[_Agent]) -> MemparError | None:
+    """What the run came to: the head speaks for all, unless it is lost, or another host could not begin."""
+    head = agents[0]
+    failed = [agent for agent in agents if agent.status]
+    if not failed:
+        return None
+    refused = [agent.error for agent in agents if agent.error is not None and agent.error.exit_status == 2]
+    lost = [agent for agent in agents if not agent.has_verdict]
+    if refused:
+        return refused[0]
+    if lost:
+        names = ", ".join(agent.host for agent in lost)
+        own = [agent for agent in lost if agent.status == _OF_SSH and agent.last_line]
+        why = f" (ssh: {own[0].last_line})" if own else ""
+        return MemparError(
+            f"the connection to {names} was lost{why}, and the ranks there have ended with it; a run cannot go on "
+            "without one of its hosts; see whether it is up and reached, and continue from the last checkpoint with "
+            "--resume, or let --max-restarts do it."
+        )
+    return head.error or failed[0].error
