@@ -12,7 +12,7 @@ from mempar.recipes import find_recipe
 from mempar.recipes.data_sets import DATA_SETS, LLAMA2_MIX, LLAMA3_MIX, Mix, commands_of
 from mempar.runtime.overrides import override
 from mempar.tools.missing_data import check_named_data
-from mempar.tools.train_command import with_data
+from mempar.tools.run_start import with_data
 
 RECIPE = "134m_dense_8xh100_bf16"
 

@@ -12,7 +12,7 @@ from mempar.recipes import RECIPES, TWINS, find_recipe
 from mempar.runtime.config import RunConfig
 from mempar.runtime.overrides import load_yaml, override, to_yaml
 from mempar.runtime.preflight import check_layout
-from mempar.tools import recipe_list, train_command
+from mempar.tools import recipe_list, run_start
 
 
 def make_recipe() -> RunConfig:
@@ -116,4 +116,4 @@ def test_smoke_divides_over_many_layouts(layout: str) -> None:
 def test_data_of_an_unknown_corpus_is_refused() -> None:
     run = override(find_recipe("smoke"), ["data.corpus=wiki"])
     with pytest.raises(ConfigError, match="built-in corpora are: stdlib"):
-        train_command.with_data(run, print)
+        run_start.with_data(run, print)

@@ -69,6 +69,86 @@ def train(
 
 
 @app.command()
+def launch(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, a YAML file, or module:function.")],
+    assignments: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.steps=100.")
+    ] = None,
+    place: Annotated[str, typer.Option("--on", help="local, ssh or slurm.")] = "local",
+    nodes: Annotated[
+        int | None, typer.Option(help="Nodes.  \\[default: what the recipe is laid out for]", show_default=False)
+    ] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(help="Ranks on each.  \\[default: its GPUs, or slots]", show_default=False)
+    ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="With --on ssh: lines of `HOST slots=N`.", show_default=False)
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="What the cluster needs to know of itself, in YAML.", show_default=False)
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="Of SLURM, before the profile's.", show_default=False)] = None,
+    account: Annotated[str | None, typer.Option(help="Of SLURM, before the profile's.", show_default=False)] = None,
+    time: Annotated[str | None, typer.Option(help="Limit of an allocation, e.g. 24:00:00.", show_default=False)] = None,
+    container_image: Annotated[
+        str | None, typer.Option(help="That pyxis runs the ranks in.", show_default=False)
+    ] = None,
+    module: Annotated[list[str] | None, typer.Option(help="To load on every node; again for more.")] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="For all processes; again for more.")
+    ] = None,
+    max_restarts: Annotated[int, typer.Option(help="After failures, from the last good checkpoint.")] = 0,
+    port: Annotated[
+        int | None, typer.Option(help="Where nodes meet on the first one; a free one by default.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and write nothing.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of the run, which all nodes share.  \\[default: runs/NAME-TIME]", show_default=False
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    start_from: Annotated[
+        Path | None, typer.Option("--from", help="Start a new run from a checkpoint of any layout.")
+    ] = None,
+) -> None:
+    """Start a recipe on this machine, on hosts over ssh, or as a SLURM job.
+
+    SIGTERM or ^C lets a run on this machine or over ssh save and end, as `scancel --signal=TERM JOB` does a job.
+    """
+    from mempar.tools.launch.command import Request
+    from mempar.tools.launch.command import launch as launch_run
+    from mempar.tools.launch.profile import LaunchProfile, with_flags
+    from mempar.tools.launch.profile_file import read_profile
+
+    request = Request(
+        recipe=recipe,
+        assignments=tuple(assignments or ()),
+        place=place,
+        profile=with_flags(
+            read_profile(profile) if profile else LaunchProfile(),
+            partition=partition,
+            account=account,
+            time=time,
+            container_image=container_image,
+            modules=module or (),
+            env=env or (),
+        ),
+        nodes=nodes,
+        per_node=nproc_per_node,
+        hostfile=hostfile,
+        max_restarts=max_restarts,
+        port=port,
+        dry_run=dry_run,
+        out=out,
+        resume=resume,
+        start_from=start_from,
+    )
+    launch_run(request, typer.echo)
+
+
+@app.command()
 def verify(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoints/step_XXXXXXXX directory.")],
     other: Annotated[Path | None, typer.Argument(help="Another one, of any layout, to compare it with.")] = None,

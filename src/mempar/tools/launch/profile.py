@@ -108,6 +108,7 @@ class SshConfig:
         user: to log in as.
         port: of sshd; 0 for ssh's own choice.
         identity: file of the key.
+        config: file of settings, as `ssh -F` takes it, in place of the account's own.
         options: values of `-o`, e.g. `StrictHostKeyChecking=accept-new`.
         connect_timeout: seconds.
     """
@@ -115,6 +116,7 @@ class SshConfig:
     user: str = ""
     port: int = 0
     identity: str = ""
+    config: str = ""
     options: tuple[str, ...] = ()
     connect_timeout: int = 10
 

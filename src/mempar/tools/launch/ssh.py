@@ -1,9 +1,10 @@
-"""A launch over plain OpenSSH: one connection a host, and on it the host's agent, which lives as long as the connection.
+"""A launch over plain OpenSSH: one connection a host, and at its other end an agent that lives no longer than it.
 
 The launcher writes beats and signals to the agents, shows what they write with their host's name before it, and ends
 all when one is lost: the others get a while to end by themselves, since they know why they fail.
 """
 
+import contextlib
 import shlex
 import subprocess
 import threading
@@ -12,14 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mempar.errors import MemparError
+from mempar.errors import ConfigError, MemparError
 from mempar.runtime.launch import words
 from mempar.runtime.launch.stopping import heed_signals
 from mempar.tools.launch.hostfile import Host
 from mempar.tools.launch.profile import LaunchProfile
 
-# What agents get to end by themselves when one host failed: longer than they take to find out why.
-_GRACE_SECONDS = 30.0
+# What agents get to end by themselves when one host failed: longer than they take to find out why; and when one refused
+# bad input, which the others cannot know.
+_GRACE_SECONDS, _REFUSED_GRACE_SECONDS = 30.0, 3.0
 # For connections to be closed once their agents were told to end at once.
 _LEAVE_SECONDS = 10.0
 _POLL_SECONDS = 0.1
@@ -72,9 +74,7 @@ def run_over_ssh(launch: SshLaunch, say: Callable[[str], None]) -> None:
         MemparError: when the run failed, with the one message.
         KeyboardInterrupt: at the second SIGINT.
     """
-    agents = [
-        _Agent(host.name, command, say) for host, command in zip(launch.hosts, commands(launch), strict=True)
-    ]
+    agents = [_Agent(host.name, command, say) for host, command in zip(launch.hosts, commands(launch), strict=True)]
     watch = _Watch(agents)
     try:
         with heed_signals(watch.tell, watch.end_now):
@@ -109,8 +109,9 @@ class _Agent:
     """A host's agent, at the other end of a connection."""
 
     def __init__(self, host: str, command: Sequence[str], say: Callable[[str], None]) -> None:
-        self.host, self.error, self.has_verdict = host, None, False
-        self._say = say
+        self.host, self._say = host, say
+        self.error: MemparError | None = None
+        self.has_verdict = False
         pipe = subprocess.PIPE
         # A session of its own: ^C reaches the launcher alone, which passes it on.
         self.process = subprocess.Popen(
@@ -125,13 +126,16 @@ class _Agent:
         """Of the connection; None while it lasts."""
         return self.process.poll()
 
+    @property
+    def has_refused(self) -> bool:
+        """Whether it says that the input is bad."""
+        return self.error is not None and self.error.exit_status == ConfigError.exit_status
+
     def tell(self, word: str) -> None:
         """Say a word; who is gone does not hear it."""
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError, ValueError):
             self.process.stdin.write(f"{word}\n".encode())
-        except (BrokenPipeError, ValueError):
-            pass
 
     def close(self) -> None:
         """End the connection; the agent ends with it."""
@@ -183,7 +187,8 @@ class _Watch:
                 said.append(words.BEAT)
             if not failed_at and any(agent.status for agent in self._agents):
                 failed_at = now
-            if not told_to_end and (self.interrupted or (failed_at and now - failed_at > _GRACE_SECONDS)):
+            grace = _REFUSED_GRACE_SECONDS if any(agent.has_refused for agent in self._agents) else _GRACE_SECONDS
+            if not told_to_end and (self.interrupted or (failed_at and now - failed_at > grace)):
                 told_to_end = now
                 said.append(words.KILL)
             for word in said:
@@ -200,10 +205,10 @@ def _verdict(agents: list[_Agent]) -> MemparError | None:
     failed = [agent for agent in agents if agent.status]
     if not failed:
         return None
-    refused = [agent.error for agent in agents if agent.error is not None and agent.error.exit_status == 2]
+    refused = [agent for agent in agents if agent.has_refused]
     lost = [agent for agent in agents if not agent.has_verdict]
     if refused:
-        return refused[0]
+        return refused[0].error
     if lost:
         names = ", ".join(agent.host for agent in lost)
         own = [agent for agent in lost if agent.status == _OF_SSH and agent.last_line]

@@ -1,0 +1,36 @@
+"""Starting a run again after a failure, from its last good checkpoint, a limited number of times.
+
+Bad input is not tried again, nor is what somebody ended. Under SLURM the job's own script does the same by queueing the
+job again (slurm_script.py).
+"""
+
+import time
+from collections.abc import Callable
+
+from mempar.errors import ConfigError, MemparError
+
+# For ports and locks of the ranks that ended to be free again.
+_PAUSE_SECONDS = 3.0
+
+
+def with_restarts(start: Callable[[int], None], max_restarts: int, say: Callable[[str], None]) -> None:
+    """Start a run until it ends well.
+
+    Args:
+        start: given the number of the start, from 0; returns when the run has ended well, or was told to end.
+        max_restarts: after failures.
+        say: told of every failure after which the run is started again.
+
+    Raises:
+        MemparError: the last failure, when there may be no more restarts, or the first one that none would mend.
+    """
+    number = 0
+    while True:
+        try:
+            return start(number)
+        except MemparError as error:
+            number += 1
+            if error.exit_status == ConfigError.exit_status or number > max_restarts:
+                raise
+            say(f"{error}\nrestart {number} of {max_restarts}, from the last good checkpoint")
+        time.sleep(_PAUSE_SECONDS)
