@@ -5,9 +5,9 @@ facts beside them. Nothing here imports megatron or triton; torch is imported by
 (`device_probe`, `smoke_rank`), so that a broken driver or a hang is a finding and not the end of the command.
 
 finding         what is said
-versions        packages and what they imply; apex.py tells two packages of that name apart
-devices         GPUs, cores; device_probe.py looks at them
-network         interfaces, names, InfiniBand
+versions        packages and what they imply; packages.py finds them, apex.py tells two of that name apart
+devices         GPUs and cores against ranks; machine.py finds them, through device_probe.py
+network         interfaces, names, InfiniBand; interfaces.py finds them
 disk            room, rate, locks; file_system.py knows mounts and measures
 limits          ulimits, shared memory, memory
 clocks          whether they are kept, whether hosts agree

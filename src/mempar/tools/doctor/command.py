@@ -1,5 +1,6 @@
 """`mempar doctor`: look at everything, say what was found, and whether a run would fail."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +11,23 @@ from mempar.errors import ConfigError
 from mempar.recipes import find_recipe
 from mempar.runtime.hardware import GPUS
 from mempar.runtime.overrides import override
-from mempar.tools.doctor import clocks, devices, disk, environment, file_system, limits, network, smoke, versions
+from mempar.tools.doctor import (
+    clocks,
+    devices,
+    disk,
+    environment,
+    file_system,
+    interfaces,
+    limits,
+    machine,
+    network,
+    packages,
+    smoke,
+    versions,
+)
+from mempar.tools.doctor.environment import Allocation
 from mempar.tools.doctor.finding import ERROR, NOTE, Finding, worst
+from mempar.tools.doctor.machine import Machine
 from mempar.tools.doctor.needs import Needs, needs_of
 from mempar.tools.doctor.report import show
 
@@ -65,48 +81,55 @@ def doctor(
 def _look(needs: Needs, root: Path, num_ranks: int | None, at: Callable[[str], None]) -> Iterator[Finding]:
     """Look at one subject after the other."""
     at("packages")
-    packages = versions.collect()
-    yield from versions.check(packages, versions.Wishes(context_parallel=needs.context_parallel, kernels=needs.kernels))
+    installed, job = packages.collect(), environment.allocation()
+    needs = dataclasses.replace(needs, num_nodes=max(needs.num_nodes, job.num_nodes))
+    yield from versions.check(installed, context_parallel=needs.context_parallel, kernels=needs.kernels)
     at("devices")
-    job, machine = environment.allocation(), devices.collect(packages.cuda)
-    backend = "nccl" if machine.devices else "gloo"
-    tried = num_ranks or len(machine.devices) or _CPU_RANKS
-    # Without a GPU a recipe for many cannot be tried as it is: what it would need here is left to the estimate.
-    here = num_ranks or (needs.ranks_per_node if needs.name and (machine.devices or not needs.gpu) else tried)
-    num_nodes = max(needs.num_nodes, job.num_nodes)
+    computer = machine.collect(installed.cuda)
+    tried = num_ranks or len(computer.devices) or _CPU_RANKS
+    # What a recipe for GPUs would run on a CPU is not known: ranks are tried out for the sake of the machine.
+    fits_kind = bool(needs.name) and (needs.gpu is None or bool(computer.devices))
+    ranks_here = num_ranks or (needs.ranks_per_node if fits_kind else tried)
     yield from devices.check(
-        machine,
+        computer,
         wanted=needs.gpu,
         num_wanted=needs.ranks_per_node if needs.gpu else 0,
-        num_ranks=here,
+        num_ranks=ranks_here,
         has_scheduler=job.has_scheduler and not job.job,
     )
+    yield from _system(needs, root, job, ranks_here, at, backend="nccl" if computer.devices else "gloo")
+    if "torch" in installed.versions:
+        tried = min(tried, len(computer.devices) or tried)
+        at(f"collectives of {tried} ranks")
+        yield from smoke.judge(smoke.launch(tried), _link(computer))
+    if needs.num_nodes > 1:
+        yield _elsewhere(needs.num_nodes)
+
+
+def _system(
+    needs: Needs, root: Path, job: Allocation, num_ranks: int, at: Callable[[str], None], *, backend: str
+) -> Iterator[Finding]:
+    """Network, disk, limits and clocks."""
     at("the network")
-    connected = network.collect(environment.network_settings(), job.hosts)
-    yield from network.check(connected, backend=backend, num_nodes=num_nodes)
+    connected = interfaces.collect(environment.network_settings(), job.hosts)
+    yield from network.check(connected, backend=backend, num_nodes=needs.num_nodes)
     at("the disk")
     yield from disk.check(file_system.collect(root), needs, job.seconds_left)
     at("limits and clocks")
     yield from limits.check(
         limits.collect(),
         backend=backend,
-        num_ranks=here,
-        world=max(needs.world, here),
+        num_ranks=num_ranks,
+        world=max(needs.world, num_ranks),
         host_bytes=needs.host_bytes,
         has_infiniband=bool(connected.infiniband),
     )
-    yield from clocks.check(clocks.collect(), num_nodes)
-    if "torch" in packages.versions:
-        at(f"collectives of {tried} ranks")
-        tried = min(tried, len(machine.devices) or tried)
-        yield from smoke.judge(smoke.launch(tried), _link(machine))
-    if num_nodes > 1:
-        yield _elsewhere(num_nodes)
+    yield from clocks.check(clocks.collect(), needs.num_nodes)
 
 
-def _link(machine: devices.Machine) -> float | None:
+def _link(computer: Machine) -> float | None:
     """Bandwidth between the GPUs here, of those that have figures."""
-    name = machine.devices[0].name if machine.devices else ""
+    name = computer.devices[0].name if computer.devices else ""
     return next((gpu.link_gb_per_s for gpu in GPUS.values() if gpu.label in name.split()), None)
 
 

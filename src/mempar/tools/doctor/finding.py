@@ -54,3 +54,8 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things: `1 rank`, `2 ranks`."""
+    return f"{count} {what}" + ("s" if count != 1 else "")

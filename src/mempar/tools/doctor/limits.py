@@ -5,7 +5,7 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
-from mempar.tools.doctor.finding import ERROR, NOTE, OK, WARNING, Finding, size
+from mempar.tools.doctor.finding import ERROR, NOTE, OK, WARNING, Finding, counted, size
 
 # Connections of a rank grow with the ranks in its groups, about a dozen of them; the rest are files and libraries.
 _FILES_A_PEER, _OTHER_FILES = 16, 512
@@ -124,7 +124,7 @@ def _processes(limits: Limits, num_ranks: int) -> list[Finding]:
             check="limits.processes",
             level=WARNING,
             what=f"{limits.processes} processes and threads of this user (ulimit -u)",
-            rule=f"{num_ranks} ranks have up to {wanted} threads",
+            rule=f"{counted(num_ranks, 'rank')} may have up to {wanted} threads",
             remedy=f"raise nproc to {wanted} or more in /etc/security/limits.conf",
             values={"processes": limits.processes, "wanted": wanted},
         )
@@ -139,7 +139,7 @@ def _core(limits: Limits, num_ranks: int) -> list[Finding]:
             check="limits.core_files",
             level=NOTE,
             what="core files are not limited (ulimit -c)",
-            rule=f"a crash may write the memory of {num_ranks} ranks to the disk, while the job holds its machines",
+            rule=f"a crash may write the memory of {counted(num_ranks, 'rank')} to the disk while the job waits",
             remedy="ulimit -c 0, unless you want to look at them",
         )
     ]
@@ -168,7 +168,7 @@ def _memory(limits: Limits, host_bytes: float, num_ranks: int) -> Finding:
     values = {"memory_bytes": limit, "wanted_bytes": int(host_bytes)}
     if not host_bytes:
         return Finding(check="limits.memory", level=OK, what=what, values=values)
-    what += f"; {num_ranks} ranks here hold at least {size(host_bytes)}"
+    what += f"; {counted(num_ranks, 'rank')} here hold at least {size(host_bytes)}"
     if host_bytes <= _SHARE_OF_MEMORY * limit:
         return Finding(check="limits.memory", level=OK, what=what, values=values)
     return Finding(

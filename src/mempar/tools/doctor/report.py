@@ -13,20 +13,16 @@ _STYLES = {OK: "green", NOTE: "cyan", WARNING: "yellow", ERROR: "bold red"}
 
 def show(findings: list[Finding], console: Console) -> None:
     """Print them in their order, and a last line that counts them."""
-    table = Table("", "check", "what is there, and what to do", box=None, padding=(0, 1), header_style="bold")
-    table.columns[0].no_wrap = True
+    table = Table(box=None, padding=(0, 1), show_header=False)
+    for header in ("level", "check", "text"):
+        table.add_column(header, no_wrap=header != "text")
+    subject = ""
     for finding in findings:
-        style = _STYLES[finding.level]
-        table.add_row(Text(finding.level, style=style), Text(_short(finding.check), style="bold"), _text(finding))
+        before, (subject, _, name) = subject, finding.check.partition(".")
+        if subject != before:
+            table.add_row("", Text(subject, style="bold"), "")
+        table.add_row(Text(finding.level, style=_STYLES[finding.level]), f" {name}", _text(finding))
     console.print(Group(table, Text(""), _summary(findings)))
-
-
-def _short(check: str) -> str:
-    """A check in two lines, so that its column stays narrow."""
-    return check.replace(".", "\n.", 1) if len(check) > _WIDEST else check
-
-
-_WIDEST = 16
 
 
 def _text(finding: Finding) -> Text:

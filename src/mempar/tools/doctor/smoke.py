@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mempar.tools.doctor import clocks
-from mempar.tools.doctor.finding import ERROR, OK, WARNING, Finding, size
+from mempar.tools.doctor.finding import ERROR, OK, WARNING, Finding, counted, size
 from mempar.tools.doctor.smoke_rank import STAGES, Report, read_reports
 
 _WORKER = "mempar.tools.doctor.smoke_rank"
@@ -144,7 +144,7 @@ def _wrong(reports: list[Report]) -> Finding:
 def _bandwidth(reports: list[Report], link_gb_per_s: float | None) -> Finding:
     first, world = reports[0], len(reports)
     hosts = list(dict.fromkeys(report.host for report in reports))
-    who = f"{world} rank{'s' * (world > 1)} on {', '.join(hosts[:4])}{' ...' * (len(hosts) > 4)} over {first.backend}"
+    who = f"{counted(world, 'rank')} on {', '.join(hosts[:4])}{' ...' * (len(hosts) > 4)} over {first.backend}"
     values = {"ranks": world, "hosts": hosts, "backend": first.backend, "num_bytes": first.num_bytes}
     if world == 1:
         return Finding(check=_CHECK, level=OK, what=f"{who}: starts and ends", values=values)

@@ -1,24 +1,12 @@
-"""Packages: which are there, whether they fit each other, and what that means for the engine.
-
-Everything is read from packages' metadata and files; neither torch nor megatron nor triton is imported.
-"""
-
-import importlib.metadata
-import importlib.util
-import re
-import shutil
-import sys
-import sysconfig
-from dataclasses import dataclass, field
-from pathlib import Path
+"""Packages: whether they fit each other, and what those that are there or missing mean for the engine."""
 
 from mempar.tools.doctor import apex
 from mempar.tools.doctor.finding import ERROR, NOTE, OK, WARNING, Finding
-from mempar.tools.doctor.version_ranges import Requirement, normal, parse, release, satisfies
+from mempar.tools.doctor.packages import Packages
+from mempar.tools.doctor.version_ranges import release, satisfies
 
 # What torch's CUDA builds declare; its CPU builds declare no triton (PyPI, 2026-11).
-_TRITON_OF_TORCH = {(2, 11): "3.6.", (2, 13): "3.7."}
-_PACKAGES = ("torch", "megatron-core", "triton", "transformer-engine", "flash-attn", "psutil", "einops")
+_TRITON_OF_TORCH: dict[tuple[int, ...], str] = {(2, 11): "3.6.", (2, 13): "3.7."}
 # What becomes of a run without them, of those that nobody would expect to matter.
 _WITHOUT = {
     "psutil": "megatron's checkpoint writers hang without it",
@@ -26,78 +14,22 @@ _WITHOUT = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Packages:
-    """What is installed.
+def check(packages: Packages, *, context_parallel: int = 1, kernels: str = "auto") -> list[Finding]:
+    """Judge what is installed.
 
-    Attributes:
-        python: version of Python.
-        python_range: what mempar declares of it.
-        versions: by the names of distributions; those that are missing are left out.
-        cuda: CUDA version that torch was built for; empty for a CPU build.
-        wanted: what mempar declares.
-        triton_range: what torch declares of triton; empty where it declares nothing.
-        apex: `none`, `nvidia` or `other`, and whether its kernels are compiled.
-        compiler: path of a C compiler; empty if there is none.
-        has_headers: whether Python's C headers are there.
+    Args:
+        packages: that.
+        context_parallel: size that a run wants; above 1 needs TransformerEngine.
+        kernels: `auto`, `triton` or `torch`, as kernels.backend.
     """
-
-    python: str
-    python_range: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    cuda: str = ""
-    wanted: tuple[Requirement, ...] = ()
-    triton_range: str = ""
-    apex: tuple[str, bool] = (apex.NONE, False)
-    compiler: str = ""
-    has_headers: bool = True
-
-    def range_of(self, name: str) -> str:
-        """What mempar declares of a package's versions, extras included."""
-        return next((wanted.versions for wanted in self.wanted if wanted.name == name), "")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """What a run wants of packages.
-
-    Attributes:
-        context_parallel: size; above 1 needs TransformerEngine.
-        kernels: `auto`, `triton` or `torch`.
-    """
-
-    context_parallel: int = 1
-    kernels: str = "auto"
-
-
-def collect() -> Packages:
-    """Look at this environment."""
-    wanted = _requirements("mempar")
-    names = {*_PACKAGES, *(one.name for one in wanted if not one.is_extra)}
-    versions = {name: version for name in names if (version := _version(name))}
-    return Packages(
-        python=".".join(map(str, sys.version_info[:3])),
-        python_range=_python_range(),
-        versions=versions,
-        cuda=_cuda_of_torch(),
-        wanted=tuple(wanted),
-        triton_range=next((one.versions for one in _requirements("torch") if one.name == "triton"), ""),
-        apex=apex.look(),
-        compiler=next((path for name in ("gcc", "clang", "cc") if (path := shutil.which(name))), ""),
-        has_headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
-    )
-
-
-def check(packages: Packages, wishes: Wishes) -> list[Finding]:
-    """Judge what is installed."""
     whose, is_compiled = packages.apex
     return [
         _python(packages),
         _torch(packages),
         _megatron(packages),
-        _triton(packages, wishes),
-        *_compiler(packages, wishes),
-        _transformer_engine(packages, wishes),
+        _triton(packages, kernels),
+        *_compiler(packages, kernels),
+        _transformer_engine(packages, context_parallel),
         *_flash_attention(packages),
         apex.apex_finding(whose, is_compiled, _uses_transformer_engine(packages)),
         *_missing(packages),
@@ -143,9 +75,9 @@ def _megatron(packages: Packages) -> Finding:
     )
 
 
-def _triton(packages: Packages, wishes: Wishes) -> Finding:
+def _triton(packages: Packages, kernels: str) -> Finding:
     version, torch = packages.versions.get("triton"), packages.versions.get("torch", "")
-    needed = wishes.kernels == "triton" or (wishes.kernels == "auto" and bool(packages.cuda))
+    needed = kernels == "triton" or (kernels == "auto" and bool(packages.cuda))
     pair = packages.triton_range or _pair_of(torch)
     if version is None:
         return Finding(
@@ -172,8 +104,8 @@ def _pair_of(torch: str) -> str:
     return f"=={prefix}*" if prefix else ""
 
 
-def _compiler(packages: Packages, wishes: Wishes) -> list[Finding]:
-    if "triton" not in packages.versions or not packages.cuda or wishes.kernels == "torch":
+def _compiler(packages: Packages, kernels: str) -> list[Finding]:
+    if "triton" not in packages.versions or not packages.cuda or kernels == "torch":
         return []
     if packages.compiler and packages.has_headers:
         return [Finding(check="versions.compiler", level=OK, what=f"C compiler {packages.compiler}, Python's headers")]
@@ -195,8 +127,8 @@ def _uses_transformer_engine(packages: Packages) -> bool:
     return "transformer-engine" in packages.versions and bool(packages.cuda)
 
 
-def _transformer_engine(packages: Packages, wishes: Wishes) -> Finding:
-    name, cp = "versions.transformer-engine", wishes.context_parallel
+def _transformer_engine(packages: Packages, cp: int) -> Finding:
+    name = "versions.transformer-engine"
     version, wanted = packages.versions.get("transformer-engine"), packages.range_of("transformer-engine")
     install = "pip install 'mempar[gpu]' on a machine with a GPU"
     if not _uses_transformer_engine(packages):
@@ -257,38 +189,3 @@ def _missing(packages: Packages) -> list[Finding]:
             values={"missing": missing},
         )
     ]
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _requirements(name: str) -> list[Requirement]:
-    try:
-        lines = importlib.metadata.requires(normal(name)) or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
-    return [found for line in lines if (found := parse(line)) is not None]
-
-
-def _python_range() -> str:
-    try:
-        return importlib.metadata.metadata("mempar")["Requires-Python"] or ""
-    except (importlib.metadata.PackageNotFoundError, KeyError):
-        return ""
-
-
-def _cuda_of_torch() -> str:
-    """CUDA version of torch's build, as its file of versions says it."""
-    found = importlib.util.find_spec("torch")
-    for folder in (found.submodule_search_locations or []) if found else []:
-        try:
-            text = Path(folder, "version.py").read_text(encoding="utf-8")
-        except OSError:
-            continue
-        said = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
-        return said.group(1) if said else ""
-    return ""
