@@ -128,9 +128,9 @@ def _system(
 
 
 def _link(computer: Machine) -> float | None:
-    """Bandwidth between the GPUs here, of those that have figures."""
-    name = computer.devices[0].name if computer.devices else ""
-    return next((gpu.link_gb_per_s for gpu in GPUS.values() if gpu.label in name.split()), None)
+    """NVLink's bandwidth between the GPUs here, of those that have figures and are no plain PCIe cards."""
+    name = computer.devices[0].name if computer.devices else "PCIe"
+    return next((gpu.link_gb_per_s for gpu in GPUS.values() if "PCIe" not in name and machine.is_kind(name, gpu)), None)
 
 
 def _elsewhere(num_nodes: int) -> Finding:

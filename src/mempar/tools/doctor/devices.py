@@ -1,15 +1,16 @@
 """Devices: GPUs that torch can use against those that a recipe is for, and cores against ranks."""
 
-import re
 from collections import Counter
 from collections.abc import Callable
 
 from mempar.runtime.hardware import Gpu
 from mempar.tools.doctor.finding import ERROR, NOTE, OK, WARNING, Finding, counted, size
-from mempar.tools.doctor.machine import Device, Machine
+from mempar.tools.doctor.machine import Device, Machine, is_kind
 
 # What a CUDA context of the probe itself takes, and a little: more is somebody else's.
 _OWN_BYTES = 1 << 30
+# Of what the driver shows, torch shows a little less.
+_MEMORY_SHARE = 0.95
 # The oldest GPUs that kernels are compiled for (A100).
 _LEAST_CAPABILITY = (8, 0)
 
@@ -88,14 +89,14 @@ def _kind(devices: tuple[Device, ...], wanted: Gpu | None, num_wanted: int, else
         )
     if wanted is None:
         return Finding(check=check, level=OK, what=f"{len(devices)} x {names[0]}; the recipe names no GPU")
-    if not re.search(rf"\b{re.escape(wanted.label)}\b", names[0]):
-        fits = devices[0].total_bytes >= wanted.memory_bytes
+    fits = devices[0].total_bytes >= _MEMORY_SHARE * wanted.memory_bytes
+    if not fits or not is_kind(names[0], wanted):
         return Finding(
             check=check,
             level=WARNING if fits else ERROR,
             what=f"{names[0]} with {size(devices[0].total_bytes)}; the recipe is for {wanted.label} with "
             f"{size(wanted.memory_bytes)}",
-            rule="a layout that fits one kind of GPU may not fit another" if not fits else "speeds will differ",
+            rule="speeds will differ" if fits else "a layout that fits one kind of GPU may not fit another",
             remedy=f"set hardware.gpu to what is here and look at the estimate (mempar recipes NAME){elsewhere}",
         )
     if len(devices) < num_wanted:

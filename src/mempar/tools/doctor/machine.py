@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from mempar.runtime.hardware import Gpu
+
 _PROBE = "mempar.tools.doctor.device_probe"
 # A healthy driver answers in seconds; without persistence mode eight GPUs take half a minute.
 _PROBE_SECONDS = 120.0
@@ -52,6 +54,11 @@ class Machine:
     devices: tuple[Device, ...] = ()
     problem: str = ""
     num_cores: int = 1
+
+
+def is_kind(name: str, gpu: Gpu) -> bool:
+    """Whether a device's name is that of a kind of GPU: `NVIDIA A100-SXM4-80GB` is an A100, a GH200 is no H200."""
+    return re.search(rf"\b{re.escape(gpu.label)}\b", name) is not None
 
 
 def collect(cuda: str) -> Machine:

@@ -4,6 +4,7 @@ The agent is a process of its own, and ranks die with it: whatever hangs, the co
 """
 
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,20 +14,22 @@ from pathlib import Path
 
 from mempar.tools.doctor import clocks
 from mempar.tools.doctor.finding import ERROR, OK, WARNING, Finding, counted, size
-from mempar.tools.doctor.smoke_rank import STAGES, Report, read_reports
+from mempar.tools.doctor.smoke_rank import STAGES, Report, lingering, read_reports
 
 _WORKER = "mempar.tools.doctor.smoke_rank"
 _CHECK = "smoke.collectives"
 # What ranks get to import torch, from a cold disk; and to wait for each other from then on.
 _START_SECONDS, _PATIENCE_SECONDS = 180.0, 60.0
-# For the others to say how they fail, when one has failed; and, when one gave up waiting, for those that came later.
-_GRACE_SECONDS, _SUSPECT_SECONDS = 2.0, 10.0
+# For the others to say how they fail, when one has failed.
+_GRACE_SECONDS = 2.0
 _POLL_SECONDS = 0.1
 # Of NVLink's bandwidth: below it, traffic goes another way.
 _LINK_SHARE = 0.15
 _OF_COLLECTIVES = re.compile(r"gloo|nccl|connection|timed? ?out|broken pipe|socket", re.IGNORECASE)
-# torchrun's summary of the rank that failed first.
-_ROOT_CAUSE = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+# Of ranks that failed, in torchrun's summary.
+_ENDED = re.compile(r"^\s*rank\s*:\s*(\d+) .*\n\s*exitcode\s*:\s*(-?\d+)", re.MULTILINE)
+# By which the agent ends the others.
+_TOLD_TO_END = -signal.SIGTERM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ def launch(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
             try:
-                status = _wait(agent, directory, began + start_seconds + patience, min(_SUSPECT_SECONDS, patience))
+                status = _wait(agent, directory, began + start_seconds + patience, lingering(patience))
             finally:
                 agent.kill()
                 agent.wait()
@@ -117,16 +120,25 @@ def judge(outcome: Outcome, link_gb_per_s: float | None = None) -> list[Finding]
         return [_bandwidth(reports, link_gb_per_s), *clocks.skew(hosts, uncertainty)]
     failed = [report for report in reports if report.error]
     own = [report for report in failed if not _OF_COLLECTIVES.search(report.error)]
-    crash = _ROOT_CAUSE.search(outcome.output)
     if own:
         return [_failed(own[0])]
     if not reports:
         return [_not_started(outcome)]
-    if crash is not None and int(crash.group(2)) < 0:
-        return [_crashed(int(crash.group(1)), int(crash.group(2)), reports)]
-    if failed and outcome.status is not None and not any(report.waited for report in reports):
+    if died := _died(outcome):
+        return [died]
+    if failed and not any(report.waited for report in reports):
         return [_failed(failed[0])]
     return [_hangs(outcome)]
+
+
+def _died(outcome: Outcome) -> Finding | None:
+    """The rank that ended without a word, if one did; those that the agent ended did not die by themselves."""
+    silent = {report.rank: report for report in outcome.reports if not report.error and not report.waited}
+    for found in _ENDED.finditer(outcome.output):
+        rank, status = int(found.group(1)), int(found.group(2))
+        if status != _TOLD_TO_END and rank in silent:
+            return _crashed(silent[rank], status)
+    return None
 
 
 def _wrong(reports: list[Report]) -> Finding:
@@ -179,15 +191,15 @@ def _failed(report: Report) -> Finding:
     )
 
 
-def _crashed(rank: int, status: int, reports: list[Report]) -> Finding:
-    where = next((f" on {report.host} in {report.stage}" for report in reports if report.rank == rank), "")
+def _crashed(report: Report, status: int) -> Finding:
+    how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
     return Finding(
         check=_CHECK,
         level=ERROR,
-        what=f"rank {rank}{where} was killed by signal {-status}",
+        what=f"rank {report.rank} on {report.host} {how} in {report.stage}, without a word",
         rule="a crash in native code, or the kernel out of memory (signal 9)",
         remedy="look at dmesg, at the limits above, and at the versions of driver, torch and NCCL",
-        values={"ranks": [rank], "signal": -status},
+        values={"ranks": [report.rank], "status": status},
     )
 
 
@@ -216,6 +228,8 @@ def _hangs(outcome: Outcome) -> Finding:
         missing = [report.rank for report in silent]
         names = ", ".join(f"{report.rank} on {report.host}" for report in silent[:8])
         who = f"rank {names} hangs in {silent[0].stage}"
+        if len(silent) == outcome.num_ranks:
+            who = f"all {len(silent)} ranks wait for each other in {silent[0].stage}"
     waiting = [report for report in outcome.reports if report.rank not in missing]
     ahead = max(waiting, key=lambda report: report.progress, default=None)
     others = f"; {len(waiting)} others wait in {ahead.stage}" if ahead else ""

@@ -32,6 +32,10 @@ STAGES = (
 # Bytes of a measured collective: what gradients and rows come in, where a link rather than its latency counts.
 _CPU_BYTES, _CUDA_BYTES = 8 << 20, 256 << 20
 _NUM_ROUNDS = 5
+# Of what was raised, in characters.
+_ERROR_LENGTH = 240
+# After giving up, in seconds.
+_LINGER_SECONDS = 10.0
 # The process group gives up later than the rank does, which then still says where it was.
 _LATER = 2
 
@@ -126,7 +130,8 @@ class Rank:
 
     def fail(self, error: Exception) -> None:
         """Say what was raised."""
-        self.report.error = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        text = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
+        self.report.error = text if len(text) <= _ERROR_LENGTH else f"{text[:_ERROR_LENGTH]}..."
         self._say()
 
     def _enter(self, stage: str) -> None:
@@ -140,6 +145,8 @@ class Rank:
     def _give_up(self) -> None:
         self.report.waited = True
         self._say()
+        # The agent ends all when one has ended: the others get the time to say that they waited too.
+        time.sleep(lingering(self.patience))
         # The main thread is in native code, where nothing else reaches it.
         os._exit(1)
 
@@ -149,6 +156,11 @@ class Rank:
             beside = self._path.with_suffix(".new")
             beside.write_text(json.dumps(asdict(self.report)))
             beside.replace(self._path)
+
+
+def lingering(patience: float) -> float:
+    """Seconds that a rank stays which gave up waiting."""
+    return min(_LINGER_SECONDS, patience)
 
 
 def read_reports(directory: Path) -> list[Report]:

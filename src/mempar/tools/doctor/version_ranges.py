@@ -30,7 +30,7 @@ class Requirement:
 def parse(line: str) -> Requirement | None:
     """Read a requirement; None for one that is a URL or the like."""
     found = _REQUIREMENT.match(line.strip())
-    if found is None:
+    if found is None or "@" in found.group(2):
         return None
     name, versions, marker = found.groups()
     return Requirement(name=normal(name), versions=versions.replace(" ", ""), marker=(marker or "").strip())
