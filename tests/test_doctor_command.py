@@ -14,6 +14,7 @@ from mempar.tools.doctor import command, report
 from mempar.tools.doctor.finding import ERROR, NOTE, OK, WARNING, Finding, counted, duration, size, worst
 
 SUBJECTS = {"versions", "devices", "network", "disk", "limits", "clocks", "smoke"}
+PATH = "/a/path/that/is/longer/than/the/column" * 4
 
 
 def finding(level: str, check: str = "disk.room") -> Finding:
@@ -78,13 +79,15 @@ def test_bad_input_gets_one_message_and_status_2(
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_table_fits_and_says_what_to_do(width: int) -> None:
     text = io.StringIO()
-    found = [finding(OK), finding(NOTE), finding(WARNING, "versions.transformer-engine"), finding(ERROR)]
+    long = Finding(check="disk.rate", level=OK, what=PATH)
+    found = [finding(OK), long, finding(NOTE), finding(WARNING, "versions.transformer-engine"), finding(ERROR)]
     report.show(found, Console(file=text, width=width))
     lines = text.getvalue().splitlines()
     assert max(map(len, lines)) <= width
+    assert PATH in "".join(line.strip() for line in lines)
     # What is in brackets is no markup of rich's.
     assert text.getvalue().count("-> make room [by deleting]") == 3
-    assert lines[-1].strip() == "1 error, 1 warning, 1 note, 1 ok; mend first: disk.room"
+    assert lines[-1].strip() == "1 error, 1 warning, 1 note, 2 ok; mend first: disk.room"
 
 
 def test_findings_have_three_parts_and_are_json() -> None:
@@ -96,7 +99,7 @@ def test_findings_have_three_parts_and_are_json() -> None:
 
 def test_figures_in_words() -> None:
     assert (size(3 << 40), size(1536 << 20), size(5 << 20), size(512)) == ("3.0 TiB", "1.5 GiB", "5.0 MiB", "0.5 KiB")
-    assert (duration(3), duration(90), duration(7200)) == ("3.0 s", "1.5 min", "2.0 h")
+    assert [duration(time) for time in (0.002, 3, 90, 7200)] == ["2 ms", "3.0 s", "1.5 min", "2.0 h"]
     assert (counted(1, "rank"), counted(2, "rank")) == ("1 rank", "2 ranks")
 
 

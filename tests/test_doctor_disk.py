@@ -32,6 +32,7 @@ RUN = Needs(
     keep=2,
     save_interval=1000,
     step_seconds=2.0,
+    is_measured=True,
     limit_seconds=86400,
 )
 MOUNTS = """\
@@ -59,6 +60,8 @@ def test_several_machines_need_a_shared_file_system() -> None:
     assert look(local)["file_system"].level == "ok"
     found = look(local, replace(RUN, num_nodes=2))["file_system"]
     assert found.level == "error" and "2 machines" in found.rule and "--out" in found.remedy
+    odd = replace(GOOD, mount=Mount(device="x", point="/x", kind="fuse.odd"))
+    assert look(odd, replace(RUN, num_nodes=2))["file_system"].level == "warning"
     kinds = {"tmpfs": "warning", "overlay": "note", "lustre": "ok", "fuse.juicefs": "ok"}
     for kind, level in kinds.items():
         assert look(replace(GOOD, mount=replace(GOOD.mount, kind=kind)))["file_system"].level == level
@@ -88,6 +91,7 @@ def test_time_of_a_checkpoint_against_limits_and_intervals() -> None:
     assert look(slow, replace(RUN, limit_seconds=3600.0))["time_limit"].level == "error"
     assert look(GOOD, replace(RUN, limit_seconds=0.0), left=60.0)["time_limit"].level == "error"
     assert "time_limit" not in look(GOOD, left=86400.0)
+    assert look(slow, replace(RUN, is_measured=False))["save_interval"].level == "note"
     # Beside training a save may take as long as the steps to the next one.
     beside = replace(RUN, asynchronous=True, limit_seconds=0.0)
     assert "save_interval" not in look(replace(GOOD, bytes_per_s=1e8), beside)
@@ -157,4 +161,5 @@ def test_steps_of_a_run_that_has_begun_are_measured(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert measured_step(tmp_path / "metrics.jsonl") == 3.0
     assert measured_step(tmp_path / "absent") == 0.0
-    assert needs_of(find_recipe("smoke"), tmp_path, None).step_seconds == 3.0
+    needs = needs_of(find_recipe("smoke"), tmp_path, None)
+    assert needs.step_seconds == 3.0 and needs.is_measured

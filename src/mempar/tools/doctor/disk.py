@@ -47,7 +47,7 @@ def _kind(disk: FileSystem, num_nodes: int) -> Finding:
     if num_nodes > 1 and not mount.is_network:
         return Finding(
             check=check,
-            level=ERROR,
+            level=WARNING if mount.kind.startswith("fuse") or mount.kind == "unknown" else ERROR,
             what=what,
             rule=f"the run spans {num_nodes} machines, and all of them write to one directory",
             remedy="choose --out on a file system that all of them mount (NFS, Lustre, GPFS ...); if this one is "
@@ -196,9 +196,10 @@ def _against_interval(seconds: float, needs: Needs) -> list[Finding]:
     return [
         Finding(
             check=check,
-            level=WARNING,
+            # The least that a step can take proves nothing.
+            level=WARNING if needs.is_measured else NOTE,
             what=f"a checkpoint takes about {duration(seconds)}, and train.save_interval={needs.save_interval} steps "
-            f"{duration(between)} or more",
+            f"{duration(between)}{'' if needs.is_measured else ' or more'}",
             rule="training waits while a checkpoint is written"
             if not needs.asynchronous
             else "the next save waits for the one before",

@@ -16,6 +16,7 @@ from pathlib import Path
 # As /proc/self/mounts calls them; FUSE adds a name of its own.
 _NETWORK = (
     "nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "9p", "afs", "wekafs", "pvfs2", "panfs",
+    "gfs2", "ocfs2", "orangefs",
     "glusterfs", "virtiofs", "fuse.sshfs", "fuse.ceph", "fuse.glusterfs", "fuse.juicefs", "fuse.s3fs", "fuse.gcsfuse",
     "fuse.rclone", "fuse.mount-s3",
 )  # fmt: skip

@@ -51,6 +51,8 @@ def size(num_bytes: float) -> str:
 
 def duration(seconds: float) -> str:
     """A time in words."""
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

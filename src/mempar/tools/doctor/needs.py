@@ -35,6 +35,7 @@ class Needs:
         asynchronous: whether training goes on while one is written.
         limit_seconds: train.time_limit_minutes; 0 is none.
         step_seconds: of a step: measured where the run has begun, or the least that its GPUs can do; 0 if unknown.
+        is_measured: whether that was measured.
         context_parallel: size.
         kernels: kernels.backend.
         problem: why its checkpoints' size is not known.
@@ -50,6 +51,7 @@ class Needs:
     asynchronous: bool = False
     limit_seconds: float = 0.0
     step_seconds: float = 0.0
+    is_measured: bool = False
     context_parallel: int = 1
     kernels: str = "auto"
     problem: str = ""
@@ -86,6 +88,7 @@ def needs_of(run: RunConfig, root: Path, ranks_per_node: int | None) -> Needs:
     place(run, world)
     per_node = min(world, ranks_per_node or (gpu.gpus_per_node if gpu else world))
     num_bytes, problem = _checkpoint_bytes(run)
+    measured = measured_step(RunDir(root).metrics)
     return Needs(
         name=run.name,
         gpu=gpu,
@@ -96,7 +99,8 @@ def needs_of(run: RunConfig, root: Path, ranks_per_node: int | None) -> Needs:
         save_interval=run.train.save_interval,
         asynchronous=run.checkpoint.asynchronous,
         limit_seconds=60 * run.train.time_limit_minutes,
-        step_seconds=measured_step(RunDir(root).metrics) or _least_step(run, world),
+        step_seconds=measured or _least_step(run, world),
+        is_measured=measured > 0,
         context_parallel=run.parallel.cp,
         kernels=run.kernels.backend,
         problem=problem,

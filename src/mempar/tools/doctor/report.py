@@ -15,7 +15,8 @@ def show(findings: list[Finding], console: Console) -> None:
     """Print them in their order, and a last line that counts them."""
     table = Table(box=None, padding=(0, 1), show_header=False)
     for header in ("level", "check", "text"):
-        table.add_column(header, no_wrap=header != "text")
+        # Long words, as paths are, are broken and not cut.
+        table.add_column(header, no_wrap=header != "text", overflow="fold")
     subject = ""
     for finding in findings:
         before, (subject, _, name) = subject, finding.check.partition(".")
