@@ -288,6 +288,34 @@ def recipes(
     typer.echo(recipe_list.show(name, as_json=as_json, tiny=tiny))
 
 
+@app.command()
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe to look for: a name, a YAML file, or module:function.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.save_interval=100.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the run.  \\[default: runs]", show_default=False)
+    ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(help="Ranks of this machine to try out.  \\[default: one a GPU, or two]", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Look for what would stop a run on this machine or slow it down, and say what to do.
+
+    Versions, devices, network, disk, limits, clocks, and collectives tried out. Ends with status 1 when a run would
+    fail.
+    """
+    from mempar.tools.doctor import command
+
+    status = command.doctor(recipe, assignments or [], out=out, num_ranks=nproc, as_json=as_json, say=typer.echo)
+    raise typer.Exit(status)
+
+
 def main() -> None:
     """Run the command line; bad input ends with one message and status 2."""
     try:

@@ -1,0 +1,114 @@
+"""`mempar doctor` as its users meet it (mempar.tools.doctor command, report, finding)."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mempar import cli
+from mempar.tools.doctor import command, report
+from mempar.tools.doctor.finding import ERROR, NOTE, OK, WARNING, Finding, counted, duration, size, worst
+
+SUBJECTS = {"versions", "devices", "network", "disk", "limits", "clocks", "smoke"}
+PATH = "/a/path/that/is/longer/than/the/column" * 4
+
+
+def finding(level: str, check: str = "disk.room") -> Finding:
+    told = {"rule": "there should be room", "remedy": "make room [by deleting]"} if level != OK else {}
+    return Finding(check=check, level=level, what="1 GiB free", values={"free_bytes": 1}, **told)  # type: ignore[arg-type]
+
+
+def test_the_command_finds_everything_and_prints_json_alone(tmp_path: Path) -> None:
+    code = "from mempar.cli import main; main()"
+    arguments = ["doctor", "smoke", "train.save_interval=50", "--nproc", "2", "--out", str(tmp_path / "run"), "--json"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True)
+    found = [Finding(**one) for one in json.loads(done.stdout)]
+    assert {one.check.partition(".")[0] for one in found} == SUBJECTS
+    levels = {one.check: one.level for one in found}
+    assert levels["versions.megatron-core"] == "ok" and levels["disk.room"] == "ok"
+    tried = next(one for one in found if one.check == "smoke.collectives")
+    assert tried.level == "ok" and tried.values["ranks"] == 2 and tried.values["all_to_all_bytes_per_s"] > 0, tried
+    assert done.returncode == (ERROR in levels.values()) and done.stderr == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finding_that_is_an_error_ends_with_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for level, status in ((WARNING, 0), (ERROR, 1)):
+        monkeypatch.setattr(command, "_look", lambda *_, level=level: iter([finding(OK), finding(level)]))
+        monkeypatch.setattr(sys, "argv", ["mempar", "doctor"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert (ended.value.code or 0) == status
+        assert "make room" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smok"], "did you mean smoke"),
+        (["smoke", "train.stps=3"], "did you mean train.steps"),
+        (["train.steps=3"], "settings follow a recipe"),
+        (["--nproc", "0"], "starts no rank"),
+        (["--out", "file"], "is a file"),
+        (["smoke", "parallel.mp=5", "--nproc", "6"], "tp*cp*dp"),
+    ],
+)
+def test_bad_input_gets_one_message_and_status_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["mempar", "doctor", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and said.count("\n") == 1 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_table_fits_and_says_what_to_do(width: int) -> None:
+    text = io.StringIO()
+    long = Finding(check="disk.rate", level=OK, what=PATH)
+    found = [finding(OK), long, finding(NOTE), finding(WARNING, "versions.transformer-engine"), finding(ERROR)]
+    report.show(found, Console(file=text, width=width))
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert PATH in "".join(line.strip() for line in lines)
+    # What is in brackets is no markup of rich's.
+    assert text.getvalue().count("-> make room [by deleting]") == 3
+    assert lines[-1].strip() == "1 error, 1 warning, 1 note, 2 ok; mend first: disk.room"
+
+
+def test_findings_have_three_parts_and_are_json() -> None:
+    assert json.loads(json.dumps(finding(ERROR).as_dict()))["values"] == {"free_bytes": 1}
+    assert worst([finding(NOTE), finding(ERROR), finding(OK)]) == ERROR and worst([]) == OK
+    with pytest.raises(AssertionError):
+        Finding(check="disk.room", level=ERROR, what="full")
+
+
+def test_figures_in_words() -> None:
+    assert (size(3 << 40), size(1536 << 20), size(5 << 20), size(512)) == ("3.0 TiB", "1.5 GiB", "5.0 MiB", "0.5 KiB")
+    assert [duration(time) for time in (0.002, 3, 90, 7200)] == ["2 ms", "3.0 s", "1.5 min", "2.0 h"]
+    assert (counted(1, "rank"), counted(2, "rank")) == ("1 rank", "2 ranks")
+
+
+def test_doctor_imports_neither_megatron_nor_torch_nor_triton() -> None:
+    code = (
+        "import sys, pkgutil, importlib, mempar.tools.doctor as doctor\n"
+        "names = [found.name for found in pkgutil.iter_modules(doctor.__path__)]\n"
+        "all(importlib.import_module('mempar.tools.doctor.' + name) for name in names)\n"
+        "print(len(names) > 15, sorted({'torch', 'megatron', 'triton'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "True []"
