@@ -29,7 +29,7 @@ def nodes_wanted(run: RunConfig, *, nodes: int | None, per_node: int | None, at_
         )
     ranks, kind = run.num_gpus, run.hardware.kind
     nodes = at_most or nodes
-    if per_node is None and kind is not None and nodes is None:
+    if per_node is None and kind is not None:
         per_node = min(ranks, kind.gpus_per_node)
     if nodes is None:
         nodes = -(-ranks // per_node) if per_node else 1
