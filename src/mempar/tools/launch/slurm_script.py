@@ -10,8 +10,8 @@ on SLURM 22.05 (tests/cluster) and read in its sources:
 - Preemption with a grace time sends the steps SIGTERM and leaves this shell out; SLURM requeues the job only at the end
   of that time, and a job that has ended by then is done. So this script requeues it, as PreemptTime says why.
 - Preemption without a grace time, a requeue and `scancel JOB` send SIGTERM to the steps, srun and this shell, and
-  SIGKILL after KillWait. SLURM does the rest. `scontrol requeue` in that time would queue a cancelled job again, so that
-  nothing is requeued once this shell was told to end.
+  SIGKILL after KillWait. SLURM does the rest. `scontrol requeue` in that time would queue a cancelled job again, so
+  that nothing is requeued once this shell was told to end.
 - `scancel --signal=TERM JOB` tells the steps alone: the run saves and ends, and the job with it.
 """
 
@@ -57,6 +57,7 @@ start_again() {
 
 # What this shell was told: `limit` near the time limit, `end` by whoever ends the job.
 told=
+# shellcheck disable=SC2317  # traps call it
 pass_on() {
   told=$1
   scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true
