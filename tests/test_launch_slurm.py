@@ -144,6 +144,13 @@ def test_bad_input_is_not_requeued(tmp_path: Path):
     assert "bad input" in said
 
 
+@pytest.mark.parametrize(("others", "status"), [("143", 7), ("137\n5", 5), ("9\n2\n143", 2)])
+def test_status_is_that_of_the_node_that_failed_by_itself(tmp_path: Path, others: str, status: int):
+    stubbed = Stubbed(tmp_path)
+    (stubbed.run_dir / "launch" / "status-41-0.1").write_text(f"{others}\n")
+    assert stubbed.run("exit 7")[0] == status
+
+
 def test_time_limit_lets_the_run_save_and_queues_it_again(tmp_path: Path):
     stubbed = Stubbed(tmp_path)
     status, said = stubbed.run(WAIT + SAVE, send=signal.SIGUSR1)

@@ -64,7 +64,7 @@ SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/builtin
-SchedulerParameters=sched_interval=1
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=1000
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait={KILL_WAIT_SECONDS}
@@ -128,6 +128,10 @@ class SlurmCluster:
         words = self.run("scontrol", "show", "job", "--oneliner", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def jobs(self) -> list[str]:
+        """Numbers of all jobs that have not ended."""
+        return self.run("squeue", "--noheader", "--format=%A").split()
+
     def wait(self, number: str, *states: str) -> dict[str, str]:
         """Wait until a job is in one of some states."""
         self.until(lambda: self.job(number)["JobState"] in states, f"job {number} {' or '.join(states)}")
@@ -139,14 +143,14 @@ class SlurmCluster:
         while not holds():
             if time.monotonic() > until:
                 logs = "\n".join(f"{path.name}: {path.read_text()[-2000:]}" for path in self.root.glob("*.out"))
-                stop(f"no {what} within {_SETTLE_SECONDS:g} s\n{self.run('squeue', check=False)}\n{logs}")
+                left = [process.cmdline() for process in self.processes()]
+                stop(f"no {what} within {_SETTLE_SECONDS:g} s\n{self.run('squeue', check=False)}\n{left}\n{logs}")
             time.sleep(_POLL_SECONDS)
 
     def clear(self) -> None:
         """End all jobs at once, and wait until the nodes are idle."""
-        self.run("scontrol", "update", "PartitionName=low", "State=UP", check=False)
         # The batch shell first: told by SIGTERM alone it would wait for the steps.
-        for number in self.run("squeue", "--noheader", "--format=%A").split():
+        for number in self.jobs():
             self.run("scancel", "--full", "--signal=KILL", number, check=False)
             self.run("scancel", number, check=False)
         self.until(self._are_idle, "idle nodes")
@@ -211,11 +215,11 @@ def slurm_session() -> Iterator[SlurmCluster]:
 @pytest.fixture
 def slurm(slurm_session: SlurmCluster) -> Iterator[SlurmCluster]:
     """The cluster with no job on it; a test fails when it leaves a job or a process."""
-    yield slurm_session
-    jobs = slurm_session.run("squeue", "--noheader", "--format=%A %T %r").splitlines()
-    left = [] if jobs else [" ".join(process.cmdline()) for process in slurm_session.processes()]
-    slurm_session.clear()
-    assert not jobs and not left, f"left behind: {jobs} {left}"
+    try:
+        yield slurm_session
+        slurm_session.until(lambda: not slurm_session.jobs() and not slurm_session.processes(), "end of what was begun")
+    finally:
+        slurm_session.clear()
 
 
 def _free_ports(count: int) -> list[int]:

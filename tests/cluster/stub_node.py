@@ -3,7 +3,7 @@
 The nodes meet at the rendezvous over TCP. Then each does what `act.json` in the run's directory says for the attempt:
 
     finish          leaves with 0
-    fail            the second node leaves with 3, the first would stay for ever
+    fail            the second node leaves with 3, the first stays; at SIGTERM it leaves with 0
     refuse          leaves with 2, as for bad input
     go on           stays; at SIGTERM the first node saves a checkpoint, and all leave with 0
     cannot save     stays; at SIGTERM leaves with 5
@@ -44,8 +44,9 @@ def main() -> int:
         return 2
     if act == "fail" and rank == 1:
         return 3
-    while act != "finish" and not (told and act != "fail"):
+    while act != "finish" and not told:
         time.sleep(0.05)
+    print(f"{node} was told to end: {bool(told)}", flush=True)
     if act == "cannot save":
         return 5
     if act == "go on":

@@ -88,7 +88,7 @@ class SlurmConfig:
         limit = seconds_of(self.time)
         if self.signal_seconds >= limit:
             raise ConfigError(
-                f"slurm.signal_seconds={self.signal_seconds} is not below slurm.time={self.time}, which is {limit:g} s; "
+                f"slurm.signal_seconds={self.signal_seconds} is not below slurm.time={self.time}, {limit:g} s; "
                 "the run saves and ends that long before the limit, and must have begun by then; lower "
                 "slurm.signal_seconds, or raise slurm.time."
             )

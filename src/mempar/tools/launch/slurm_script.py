@@ -60,7 +60,8 @@ told=
 # shellcheck disable=SC2317  # traps call it
 pass_on() {
   told=$1
-  scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true
+  # Where SLURM ends the job itself it would try again and again, for minutes.
+  timeout 5 scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null &
 }
 
 address=$(head_address)
@@ -75,7 +76,8 @@ step=$!
 while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
 status=0
 wait "$step" || status=$?
-left=$(sort -u "$statuses".* 2>/dev/null) || true
+# The least: those that srun ends because another one failed die of signals, 128 and more.
+left=$(sort -nu "$statuses".* 2>/dev/null) || true
 if [[ $'\n'$left$'\n' == *$'\n2\n'* ]]; then
   status=2
 elif [[ -n $left ]]; then
