@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12     the interpreter that makes .venv
 #   PIP_ARGS="..."        more arguments for every pip install, such as a package index
-#   ARGS="..."            more arguments for `make smoke`, `make test`, `make soak` and the benchmarks
+#   ARGS="..."            more arguments for `make smoke`, `make test`, `make cluster`, `make soak` and the benchmarks
 #   SETUP= BIN=/usr/bin   with `make test-gpu` and `make bench-gpu`: a Python that has everything, and nothing installed
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ SHELL := /bin/sh
 .SHELLFLAGS := -eu -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup smoke check test test-gpu bench-gpu bench-cpu soak wheel wheel-test clean
+.PHONY: help setup smoke check test test-gpu bench-gpu bench-cpu soak cluster wheel wheel-test clean
 
 help:  ## print this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -70,6 +70,9 @@ bench-cpu: setup  ## the operations of torch on this machine, beside F.embedding
 
 soak: setup  ## the long randomised runs
 	$(BIN)/python -m pytest -m soak $(ARGS)
+
+cluster: setup  ## as root on Debian: launches on a SLURM of two nodes and on hosts in network namespaces
+	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
 
 wheel: setup  ## build the wheel into dist/
 	rm -rf dist

@@ -130,7 +130,7 @@ def test_dry_run_over_ssh_shows_a_command_for_every_host(ready: None, tmp_path: 
 
 def test_dry_run_without_data_shows_all_and_is_refused(tmp_path: Path) -> None:
     said: list[str] = []
-    with pytest.raises(ConfigError, match="this launch would be refused: .*are not there"):
+    with pytest.raises(ConfigError, match=r"this launch would be refused: .*are not there"):
         launch(a_request("slurm", tmp_path / "run", LARGE, dry_run=True), said.append)
     assert any("#SBATCH" in text for text in said)
 

@@ -21,6 +21,30 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# What several commands take.
+Recipe = Annotated[str, typer.Argument(help="A recipe's name, a YAML file, or module:function.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.steps=100.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out, in this layout.")]
+StartFrom = Annotated[Path | None, typer.Option("--from", help="Start a new run from a checkpoint of any layout.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Directory of the run.  \\[default: runs/NAME-TIME]", show_default=False)
+]
+Nodes = Annotated[
+    int | None, typer.Option(help="How many.  \\[default: what the recipe is laid out for]", show_default=False)
+]
+Port = Annotated[
+    int | None, typer.Option(help="Where nodes meet on the first one; a free one by default.", show_default=False)
+]
+# Flags that come before a launch profile's values.
+Partition = Annotated[str | None, typer.Option(help="Of SLURM, before the profile's.", show_default=False)]
+Account = Annotated[str | None, typer.Option(help="Of SLURM, before the profile's.", show_default=False)]
+TimeLimit = Annotated[str | None, typer.Option(help="Of an allocation, e.g. 24:00:00.", show_default=False)]
+Image = Annotated[str | None, typer.Option(help="Of a container, in which pyxis runs the ranks.", show_default=False)]
+Modules = Annotated[list[str] | None, typer.Option(help="To load on every node; again for more.")]
+Variables = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For all processes; again for more.")]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -39,20 +63,14 @@ def _root(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, a YAML file, or module:function.")],
-    assignments: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.steps=100.")
-    ] = None,
+    recipe: Recipe,
+    assignments: Overrides = None,
     nproc: Annotated[
         int | None, typer.Option(help="Ranks on this machine.  \\[default: pp * lcm(tp*cp, mp)]", show_default=False)
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory of the run.  \\[default: runs/NAME-TIME]", show_default=False)
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, in this layout.")] = False,
-    start_from: Annotated[
-        Path | None, typer.Option("--from", help="Start a new run from a checkpoint of any layout.")
-    ] = None,
+    out: Out = None,
+    resume: Resume = False,
+    start_from: StartFrom = None,
 ) -> None:
     """Train a recipe on this machine. SIGTERM or ^C lets it save and end; a second ^C ends it at once."""
     from mempar.tools import train_command
@@ -70,14 +88,10 @@ def train(
 
 @app.command()
 def launch(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, a YAML file, or module:function.")],
-    assignments: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.steps=100.")
-    ] = None,
+    recipe: Recipe,
+    assignments: Overrides = None,
     place: Annotated[str, typer.Option("--on", help="local, ssh or slurm.")] = "local",
-    nodes: Annotated[
-        int | None, typer.Option(help="Nodes.  \\[default: what the recipe is laid out for]", show_default=False)
-    ] = None,
+    nodes: Nodes = None,
     nproc_per_node: Annotated[
         int | None, typer.Option(help="Ranks on each.  \\[default: its GPUs, or slots]", show_default=False)
     ] = None,
@@ -87,31 +101,18 @@ def launch(
     profile: Annotated[
         Path | None, typer.Option(help="What the cluster needs to know of itself, in YAML.", show_default=False)
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="Of SLURM, before the profile's.", show_default=False)] = None,
-    account: Annotated[str | None, typer.Option(help="Of SLURM, before the profile's.", show_default=False)] = None,
-    time: Annotated[str | None, typer.Option(help="Limit of an allocation, e.g. 24:00:00.", show_default=False)] = None,
-    container_image: Annotated[
-        str | None, typer.Option(help="That pyxis runs the ranks in.", show_default=False)
-    ] = None,
-    module: Annotated[list[str] | None, typer.Option(help="To load on every node; again for more.")] = None,
-    env: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="For all processes; again for more.")
-    ] = None,
+    partition: Partition = None,
+    account: Account = None,
+    time: TimeLimit = None,
+    container_image: Image = None,
+    module: Modules = None,
+    env: Variables = None,
     max_restarts: Annotated[int, typer.Option(help="After failures, from the last good checkpoint.")] = 0,
-    port: Annotated[
-        int | None, typer.Option(help="Where nodes meet on the first one; a free one by default.", show_default=False)
-    ] = None,
+    port: Port = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and write nothing.")] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory of the run, which all nodes share.  \\[default: runs/NAME-TIME]", show_default=False
-        ),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    start_from: Annotated[
-        Path | None, typer.Option("--from", help="Start a new run from a checkpoint of any layout.")
-    ] = None,
+    out: Out = None,
+    resume: Resume = False,
+    start_from: StartFrom = None,
 ) -> None:
     """Start a recipe on this machine, on hosts over ssh, or as a SLURM job.
 

@@ -1,4 +1,4 @@
-"""`mempar launch --on ssh` across two hosts: the layout law, and what happens when a host, a link or a person ends it."""
+"""`mempar launch --on ssh` on two hosts: the layout law, and what happens when a host, a link or a person ends it."""
 
 import signal
 import subprocess

@@ -25,13 +25,13 @@ from mempar.runtime.launch.nodes import this_host
 from mempar.runtime.launch.stopping import Terminated, sigterm_raises
 from mempar.runtime.overrides import override
 from mempar.runtime.preflight import check_layout
-from mempar.runtime.run_dir import RunDir, check_free, open_existing, open_new
+from mempar.runtime.run_dir import RunDir, open_existing, open_new
 from mempar.tools.estimate_table import estimate_table
 from mempar.tools.launch import slurm
 from mempar.tools.launch.hostfile import Host, choose_hosts, read_hostfile
 from mempar.tools.launch.nodes_wanted import nodes_wanted
 from mempar.tools.launch.profile import LaunchProfile
-from mempar.tools.launch.provenance import collect, write
+from mempar.tools.launch.provenance import save, take
 from mempar.tools.launch.reach import check_reachable
 from mempar.tools.launch.restarts import with_restarts
 from mempar.tools.launch.ssh import SshLaunch, commands, run_over_ssh, ssh_command
@@ -194,14 +194,14 @@ def _check_place(made: _Launch) -> None:
 def _write(made: _Launch, load: Path | None, say: Callable[[str], None]) -> None:
     """Write the run's directory: all that the nodes read, and what the run came from."""
     request = made.request
-    origin = collect(request.profile)
+    origin = take(sys.argv, request.profile)
     with RunLock(made.root, say):
         new = _is_new(made)
         paths = open_existing(made.root, made.run) if request.resume else open_new(made.root, made.run)
         try:
             if new:
                 record_start(paths, load)
-            write(origin, paths.launch)
+            save(origin, paths.launch)
             if request.place == "slurm":
                 replace_file(paths.launch / _SCRIPT, slurm.render(_job(made)).encode())
         except OSError as error:

@@ -85,12 +85,12 @@ class SlurmConfig:
             )
         _check_range("slurm.cpus_per_task", self.cpus_per_task, 1)
         _check_range("slurm.signal_seconds", self.signal_seconds, 1, _MAX_SIGNAL_SECONDS)
-        limit = seconds_of(self.time) if self.time else math.inf
+        limit = seconds_of(self.time)
         if self.signal_seconds >= limit:
             raise ConfigError(
-                f"slurm.signal_seconds={self.signal_seconds} is not below slurm.time={self.time} ({limit:g} s); the "
-                "run saves and ends that long before the limit, and must have begun by then; lower slurm.signal_seconds, "
-                "or raise slurm.time."
+                f"slurm.signal_seconds={self.signal_seconds} is not below slurm.time={self.time}, {limit:g} s; "
+                "the run saves and ends that long before the limit, and must have begun by then; lower "
+                "slurm.signal_seconds, or raise slurm.time."
             )
         for option in self.extra:
             if not option.startswith("-"):
@@ -223,12 +223,12 @@ def with_flags(
 
 
 def seconds_of(time: str) -> float:
-    """Seconds of a time limit as sbatch takes it; infinite where there is none.
+    """Seconds of a time limit as sbatch takes it; infinite where there is none, or none is known.
 
     Raises:
         ConfigError: when sbatch would not take it.
     """
-    if time.lower() in _NO_LIMIT:
+    if not time or time.lower() in _NO_LIMIT:
         return math.inf
     parts = _TIME.fullmatch(time)
     if parts is None:

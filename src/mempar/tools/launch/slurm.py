@@ -60,8 +60,8 @@ class SlurmJob:
         """Check what the profile cannot."""
         if self.max_restarts and not self.profile.slurm.requeue:
             raise ConfigError(
-                f"--max-restarts {self.max_restarts} with slurm.requeue off: SLURM restarts a job by queueing it again; "
-                "turn slurm.requeue on in the profile, or leave --max-restarts out."
+                f"--max-restarts {self.max_restarts} with slurm.requeue off: SLURM restarts a job by queueing it "
+                "again; turn slurm.requeue on in the profile, or leave --max-restarts out."
             )
         if not f"{self.name}{self.run_dir}{self.workdir}".isprintable():
             raise ConfigError(
@@ -92,7 +92,7 @@ def render(job: SlurmJob) -> str:
 
 
 def options(job: SlurmJob) -> list[str]:
-    """sbatch's options, as they stand in the script."""
+    """Options of sbatch, as they stand in the script."""
     slurm = job.profile.slurm
     mem = slurm.mem or ("0" if slurm.exclusive else "")
     gpus = str(job.gpus_per_node) if job.gpus_per_node else ""
@@ -154,8 +154,8 @@ def submit(script: Path, environ: Mapping[str, str]) -> str:
     if done.returncode:
         said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
         raise ConfigError(
-            f"SLURM refuses the job ({said}); its partition, account, limits and nodes must allow it; change the launch "
-            f"profile or the flags; the script is {script}."
+            f"SLURM refuses the job ({said}); its partition, account, limits and nodes must allow it; change the "
+            f"launch profile or the flags; the script is {script}."
         )
     # With several clusters the cluster's name follows.
     return done.stdout.strip().partition(";")[0]

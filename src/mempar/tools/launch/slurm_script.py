@@ -10,8 +10,8 @@ on SLURM 22.05 (tests/cluster) and read in its sources:
 - Preemption with a grace time sends the steps SIGTERM and leaves this shell out; SLURM requeues the job only at the end
   of that time, and a job that has ended by then is done. So this script requeues it, as PreemptTime says why.
 - Preemption without a grace time, a requeue and `scancel JOB` send SIGTERM to the steps, srun and this shell, and
-  SIGKILL after KillWait. SLURM does the rest. `scontrol requeue` in that time would queue a cancelled job again, so that
-  nothing is requeued once this shell was told to end.
+  SIGKILL after KillWait. SLURM does the rest. `scontrol requeue` in that time would queue a cancelled job again, so
+  that nothing is requeued once this shell was told to end.
 - `scancel --signal=TERM JOB` tells the steps alone: the run saves and ends, and the job with it.
 """
 
@@ -57,9 +57,11 @@ start_again() {
 
 # What this shell was told: `limit` near the time limit, `end` by whoever ends the job.
 told=
+# shellcheck disable=SC2317  # traps call it
 pass_on() {
   told=$1
-  scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true
+  # Where SLURM ends the job itself it would try again and again, for minutes.
+  timeout 5 scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null &
 }
 
 address=$(head_address)
@@ -74,7 +76,8 @@ step=$!
 while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done
 status=0
 wait "$step" || status=$?
-left=$(sort -u "$statuses".* 2>/dev/null) || true
+# The least: those that srun ends because another one failed die of signals, 128 and more.
+left=$(sort -nu "$statuses".* 2>/dev/null) || true
 if [[ $'\n'$left$'\n' == *$'\n2\n'* ]]; then
   status=2
 elif [[ -n $left ]]; then

@@ -111,7 +111,8 @@ class _Agent:
     def __init__(self, host: str, command: Sequence[str], say: Callable[[str], None]) -> None:
         self.host, self._say = host, say
         self.error: MemparError | None = None
-        self.has_verdict = False
+        self.has_verdict, self.was_told_to_end = False, False
+        self.last_line = ""
         pipe = subprocess.PIPE
         # A session of its own: ^C reaches the launcher alone, which passes it on.
         self.process = subprocess.Popen(
@@ -119,7 +120,6 @@ class _Agent:
         )
         self._reader = threading.Thread(target=self._read, name=f"reader {host}", daemon=True)
         self._reader.start()
-        self.last_line = ""
 
     @property
     def status(self) -> int | None:
@@ -191,6 +191,8 @@ class _Watch:
             if not told_to_end and (self.interrupted or (failed_at and now - failed_at > grace)):
                 told_to_end = now
                 said.append(words.KILL)
+                for agent in running:
+                    agent.was_told_to_end = True
             for word in said:
                 for agent in running:
                     agent.tell(word)
@@ -206,7 +208,7 @@ def _verdict(agents: list[_Agent]) -> MemparError | None:
     if not failed:
         return None
     refused = [agent for agent in agents if agent.has_refused]
-    lost = [agent for agent in agents if not agent.has_verdict]
+    lost = [agent for agent in agents if not agent.has_verdict and not agent.was_told_to_end]
     if refused:
         return refused[0].error
     if lost:
@@ -218,4 +220,7 @@ def _verdict(agents: list[_Agent]) -> MemparError | None:
             "without one of its hosts; see whether it is up and reached, and continue from the last checkpoint with "
             "--resume, or let --max-restarts do it."
         )
-    return head.error or failed[0].error
+    told = [agent.error for agent in (head, *failed) if agent.error is not None]
+    return (
+        told[0] if told else MemparError(f"host {failed[0].host} ended with status {failed[0].status}; see its output.")
+    )
