@@ -1,4 +1,4 @@
-"""`mempar launch --on slurm` on two nodes: the layout law, and what happens when the scheduler or a fault ends the job."""
+"""`mempar launch --on slurm` on two nodes: the layout law, and what happens when the scheduler or a fault ends it."""
 
 import os
 import re

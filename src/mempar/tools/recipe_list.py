@@ -16,9 +16,11 @@ from mempar.recipes import RECIPES, TWINS, find_recipe
 from mempar.recipes.data_sets import DATA_SETS
 from mempar.runtime.config import RunConfig
 from mempar.runtime.data.tokenizer import vocab_size
+from mempar.runtime.estimate import estimate
 from mempar.runtime.overrides import to_yaml
 from mempar.runtime.placement import place, resolve
 from mempar.runtime.size import model_size
+from mempar.tools.estimate_table import estimate_table
 
 # Wide enough for every row: a row that is cut is no use, and terminals scroll or wrap.
 _WIDTH = 200
@@ -67,7 +69,7 @@ def tokens_of(run: RunConfig) -> int:
 
 def comments(run: RunConfig) -> list[str]:
     """What a config does not say of itself: sizes, tokens, where tables lie, and what the data are, a line each."""
-    about: list[Callable[[RunConfig], list[str]]] = [_sizes, _tokens, _layout, _data]
+    about: list[Callable[[RunConfig], list[str]]] = [_sizes, _tokens, _layout, _memory, _data]
     lines: list[str] = []
     for lines_of in about:
         try:
@@ -96,6 +98,11 @@ def _layout(run: RunConfig) -> list[str]:
     row = describe(run)
     where = f"{row['gpus']} {row['hardware']}: {layout_text(row['layout'])}"
     return [f"{where}; {place(resolve(run, row['gpus']), row['gpus']).reason}"]
+
+
+def _memory(run: RunConfig) -> list[str]:
+    ranks = run.num_gpus
+    return estimate_table(estimate(resolve(run, ranks), ranks), run.hardware.kind).splitlines()
 
 
 def _data(run: RunConfig) -> list[str]:
