@@ -116,6 +116,7 @@ def test_two_ranks_train_resume_and_refuse_like_one(cache: str, tmp_path: Path) 
     for single, pair in zip(*rows, strict=True):
         key = "loss" if "loss" in single else "heldout_loss"
         assert pair[key] == pytest.approx(single[key], rel=1e-5)
+    assert json.loads((tmp_path / "two" / "launch" / "command.json").read_text())["repositories"]["mempar"]
     layout = json.loads((tmp_path / "two" / "layout.json").read_text())
     assert [rank["groups"]["memory"] for rank in layout["ranks"]] == [[0, 1], [0, 1]]
     branch = ["--from", f"{tmp_path}/two/checkpoints/step_00000002", "--out", f"{tmp_path}/branch"]

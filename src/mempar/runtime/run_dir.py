@@ -7,7 +7,7 @@
     events.out.tfevents* TensorBoard
     lock, lock.ranks     held while the run goes on (lock.py)
     ranks/               signs of life while it does, and what ranks left behind if it failed
-    launch/              what the run came from, and what was submitted (`mempar launch`)
+    launch/              what the run came from: command, commit, versions; what `mempar launch` submitted
 
 Nothing here imports torch.
 """

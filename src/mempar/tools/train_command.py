@@ -1,5 +1,6 @@
 """`mempar train`: resolve a recipe, check everything that can be checked, and start the ranks."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from mempar.runtime.launch.stopping import Terminated, sigterm_raises
 from mempar.runtime.overrides import override
 from mempar.runtime.preflight import check_layout
 from mempar.runtime.run_dir import open_existing, open_new
+from mempar.tools.launch.provenance import save, take
 from mempar.tools.run_start import find_checkpoint, root_of, with_data
 
 
@@ -60,6 +62,7 @@ def train(
                 if resume:
                     # Whoever wrote here until now may have saved in the meantime.
                     load = find_checkpoint(root, run, resume=True, start_from=None)
+                save(take(sys.argv), directory.launch)
                 say(f"run directory: {root}")
                 launch_local(directory.root, ranks, load and load.root, say, launched=launched)
                 ended = True
