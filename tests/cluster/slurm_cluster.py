@@ -40,9 +40,9 @@ _PACKAGES = {
 # What a busy machine may take for anything that is waited for.
 _SETTLE_SECONDS = 40.0
 _POLL_SECONDS = 0.1
-# Scripts make their ports of the jobs' numbers, so that two clusters on one machine must not count alike. A requeued job
-# waits for the credential of its last start to expire (120 s by default), and 10 s at the least. Nodes in the cloud are
-# not looked for until a job is given to them.
+# Scripts make their ports of the numbers of jobs, so that two clusters on one machine must not count alike. A requeued
+# job waits for the credential of its last start to expire (120 s by default), and 10 s at the least. Nodes in the cloud
+# are not looked for until a job is given to them.
 _CONF = f"""\
 ClusterName=mempar
 SlurmctldHost={{host}}(127.0.0.1)
