@@ -147,8 +147,15 @@ def test_bad_input_is_not_requeued(tmp_path: Path):
 @pytest.mark.parametrize(("others", "status"), [("143", 7), ("137\n5", 5), ("9\n2\n143", 2)])
 def test_status_is_that_of_the_node_that_failed_by_itself(tmp_path: Path, others: str, status: int):
     stubbed = Stubbed(tmp_path)
-    (stubbed.run_dir / "launch" / "status-41-0.1").write_text(f"{others}\n")
-    assert stubbed.run("exit 7")[0] == status
+    assert stubbed.run(f'printf "{others}\\n" >"$RUN/launch/status-41-0.1"; exit 7')[0] == status
+
+
+def test_what_a_job_of_the_same_number_left_does_not_count(tmp_path: Path):
+    stubbed = Stubbed(tmp_path, max_restarts=1)
+    (stubbed.run_dir / "launch" / "status-41-0.1").write_text("9\n")
+    (stubbed.run_dir / "launch" / "failures-41").write_text("41-0 failed with status 9\n")
+    assert stubbed.run("exit 0")[0] == 0
+    assert stubbed.run("exit 7")[0] == 7 and stubbed.requeued
 
 
 def test_time_limit_lets_the_run_save_and_queues_it_again(tmp_path: Path):
@@ -263,11 +270,10 @@ def test_modules_and_setup_run_before_the_variables(tmp_path: Path):
 def test_container_has_the_run_and_a_python_of_its_own(tmp_path: Path):
     slurm = SlurmConfig(container_image="repo#mempar:1", container_mounts=("/data:/data",), container_workdir="/w")
     script = render(job_at(tmp_path, profile=LaunchProfile(slurm=slurm)))
-    array = next(line for line in script.splitlines() if line.startswith("srun_options="))
-    given = shlex.split(array.removeprefix("srun_options=(").removesuffix(")"))
+    given = shlex.split(script.partition("srun_options=(")[2].partition("\n)")[0])
     assert "--container-image=repo#mempar:1" in given and "--container-workdir=/w" in given
     assert f"--container-mounts=/data:/data,{tmp_path}:{tmp_path}" in given
-    assert f"agent=(python3 -m {AGENT} " in script
+    assert f"agent=(\n  python3\n  -m\n  {AGENT}\n" in script
 
 
 def test_restarts_need_requeueing(tmp_path: Path):

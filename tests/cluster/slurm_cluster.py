@@ -11,6 +11,7 @@ checked with `sbatch --test-only`.
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -39,12 +40,14 @@ _PACKAGES = {
 # What a busy machine may take for anything that is waited for.
 _SETTLE_SECONDS = 40.0
 _POLL_SECONDS = 0.1
-# The requeued job waits for the credential of its last start to expire (120 s by default), and 10 s at the least. Nodes
-# in the cloud are not looked for until a job is given to them.
+# Scripts make their ports of the numbers of jobs, so that two clusters on one machine must not count alike. A requeued
+# job waits for the credential of its last start to expire (120 s by default), and 10 s at the least. Nodes in the cloud
+# are not looked for until a job is given to them.
 _CONF = f"""\
 ClusterName=mempar
 SlurmctldHost={{host}}(127.0.0.1)
 SlurmctldPort={{ports[0]}}
+FirstJobId={{first_job}}
 AuthType=auth/munge
 AuthInfo=socket={{root}}/munge.socket,cred_expire=5
 CredType=cred/munge
@@ -172,7 +175,9 @@ class SlurmCluster:
         return said.split() == ["idle"] * len(NODES)
 
     def _write_files(self) -> None:
-        conf = _CONF.format(host=socket.gethostname(), root=self.root, ports=_free_ports(3))
+        conf = _CONF.format(
+            host=socket.gethostname(), root=self.root, ports=_free_ports(3), first_job=random.randrange(1, 10**6)
+        )
         (self.root / "slurm.conf").write_text(conf)
         (self.root / "gres.conf").write_text(f"NodeName=absent[001-{NUM_ABSENT}] Name=gpu Count=8\n")
         key = self.root / "munge.key"

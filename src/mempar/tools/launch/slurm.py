@@ -189,4 +189,6 @@ def _agent(job: SlurmJob) -> list[str]:
 
 
 def _array(name: str, values: Iterable[str]) -> str:
-    return f"{name}=({' '.join(shlex.quote(value) for value in values)})"
+    # A bare comma would look like a mistake to shellcheck.
+    quoted = (f"'{value}'" if "," in value and shlex.quote(value) == value else shlex.quote(value) for value in values)
+    return "\n  ".join([f"{name}=(", *quoted]) + "\n)"

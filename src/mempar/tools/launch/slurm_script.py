@@ -6,6 +6,7 @@ on SLURM 22.05 (tests/cluster) and read in its sources:
 - SIGTERM to srun kills the tasks at once, so that steps are told by `scancel --signal`, which leaves this shell out.
 - The exit status of a task that SLURM sent SIGTERM is forgotten, srun returns 0 even when saving failed. So tasks leave
   theirs in files.
+- When one task fails, srun sends the others SIGTERM, and SIGKILL after KillWait (`--kill-on-bad-exit`).
 - Near the time limit SIGUSR1 comes to this shell alone (`--signal=B:USR1@...`).
 - Preemption with a grace time sends the steps SIGTERM and leaves this shell out; SLURM requeues the job only at the end
   of that time, and a job that has ended by then is done. So this script requeues it, as PreemptTime says why.
@@ -20,6 +21,9 @@ BODY = r"""
 attempt=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 statuses=$run_dir/launch/status-$attempt
 failures=$run_dir/launch/failures-$SLURM_JOB_ID
+# Numbers of jobs begin anew when a cluster is made anew.
+rm -f "$statuses".*
+[[ -n ${SLURM_RESTART_COUNT:-} ]] || rm -f "$failures"
 
 say() { echo "mempar: $1" >&2; }
 
