@@ -117,7 +117,8 @@ def test_agents_are_told_where_to_meet_from_the_allocation(tmp_path: Path):
     assert stubbed.run("exit 0", restart=3) == (0, "")
     (agent,) = stubbed.calls("agent")
     assert agent == (
-        f"agent -m {AGENT} {stubbed.run_dir} --nodes 2 --nproc 8 --rendezvous 10.1.2.3:10041 --attempt 41-3"
+        f"agent -m {AGENT} {stubbed.run_dir} --nodes 2 --nproc 8 --patience 600 --rendezvous 10.1.2.3:10041 "
+        "--attempt 41-3"
     )
     assert "scontrol show node --oneliner n07" in stubbed.calls("scontrol")
     (srun,) = stubbed.calls("srun")

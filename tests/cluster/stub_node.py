@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--nproc", type=int, required=True)
     parser.add_argument("--rendezvous", required=True)
     parser.add_argument("--attempt", required=True)
+    parser.add_argument("--patience", type=float, required=True)
     given = parser.parse_args()
     rank, node = int(os.environ["SLURM_NODEID"]), os.environ["SLURMD_NODENAME"]
     told: list[float] = []

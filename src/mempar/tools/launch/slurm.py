@@ -185,7 +185,8 @@ def _srun_options(job: SlurmJob) -> list[str]:
 
 def _agent(job: SlurmJob) -> list[str]:
     command = [job.profile.interpreter, "-m", job.agent, str(job.run_dir)]
-    return [*command, "--nodes", str(job.num_nodes), "--nproc", str(job.ranks_per_node)]
+    command += ["--nodes", str(job.num_nodes), "--nproc", str(job.ranks_per_node)]
+    return [*command, "--patience", str(job.profile.rendezvous_seconds)]
 
 
 def _array(name: str, values: Iterable[str]) -> str:
