@@ -21,7 +21,7 @@ from pathlib import Path
 from mempar.errors import MemparError
 
 _SUFFIX, _STACK_SUFFIX = ".life", ".stack"
-# Rank, process, step, phase, number of marks; time of the last sign, time of the last mark; host, as long as DNS has it.
+# Rank, process, step, phase, number of marks; time of the last sign, time of the last mark; host, of DNS's length.
 _RECORD = struct.Struct("<5q2d256s")
 _MARK = struct.Struct("<3q2d")
 _MARK_OFFSET = 16
