@@ -49,6 +49,12 @@ def test_sign_outlives_a_killed_process(tmp_path: Path) -> None:
     assert (sign.step, sign.phase) == (5, Phase.SAVING)
 
 
+def test_long_names_of_hosts_are_kept_whole(tmp_path: Path) -> None:
+    name = ".".join(["a-node-of-some-length"] * 6)
+    heartbeat = Heartbeat(tmp_path, name)
+    assert [sign.host for sign in read_signs(tmp_path, name)] == [heartbeat.sign.host] == [name]
+
+
 def test_unreadable_signs_are_none(tmp_path: Path) -> None:
     (tmp_path / "host-1.life").write_bytes(b"short")
     assert read_signs(tmp_path) == []

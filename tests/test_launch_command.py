@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +128,8 @@ def test_dry_run_over_ssh_shows_a_command_for_every_host(ready: None, tmp_path: 
     assert "-l trainer -p 2200" in first and " alpha " in first and "--node-rank 0" in first
     assert " beta " in second and "--node-rank 1" in second
     assert "--rendezvous alpha:" in second and "--nodes 2 --nproc 2" in second and "BatchMode=yes" in second
+    # A shared connection may lack what tells of a lost link.
+    assert "ControlPath=none" in second
     assert not (tmp_path / "a run").exists()
 
 
@@ -179,7 +184,7 @@ def test_run_on_this_machine_is_started_again_after_a_failure(
     monkeypatch.setattr(restarts, "_PAUSE_SECONDS", 0.0)
     started: list[list[str]] = []
 
-    def run_node(root: Path, node: object, arguments: list[str], say: Callable[[str], None]) -> None:
+    def run_node(root: Path, node: object, arguments: list[str], say: Callable[[str], None], also: object) -> None:
         started.append(arguments)
         if len(started) < 3:
             raise MemparError("rank 0 was killed.")
@@ -207,6 +212,35 @@ def test_what_no_restart_mends_is_not_started_again(error: BaseException) -> Non
     assert started == [0]
 
 
+def test_what_was_told_to_end_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restarts, "_PAUSE_SECONDS", 0.0)
+    started: list[int] = []
+
+    def start(number: int) -> None:
+        started.append(number)
+        raise MemparError("rank 0 could not save.")
+
+    with pytest.raises(MemparError, match="could not save"):
+        restarts.with_restarts(start, 5, print, lambda: len(started) == 2)
+    assert started == [0, 1]
+
+
+def test_sigterm_between_two_starts_ends_the_launch() -> None:
+    started: list[int] = []
+    said: list[str] = []
+
+    def start(number: int) -> None:
+        started.append(number)
+        raise MemparError("rank 0 was killed.")
+
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    restarts.with_restarts(start, 5, said.append)
+    timer.join()
+    assert started == [0]
+    assert said[-1].startswith("ended by SIGTERM while nothing was running")
+
+
 def ssh_launch(tmp_path: Path, agent: str) -> SshLaunch:
     """A launch whose ssh runs a script in place of the agents."""
     stub(tmp_path, "ssh", agent)
@@ -220,12 +254,14 @@ def here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mempar.tools.launch.ssh._GRACE_SECONDS", 1.0)
 
 
+# What an agent says that ends well.
+DONE = f"""echo '{words._VERDICT}{json.dumps({"status": 0, "text": ""})}'"""
 HOST = "for word; do case $word in alpha|beta) host=$word;; esac; done\n"
 
 
 def test_output_of_hosts_has_their_names(tmp_path: Path, here_first: None) -> None:
     said: list[str] = []
-    run_over_ssh(ssh_launch(tmp_path, f"{HOST}echo step 1 on $host"), said.append)
+    run_over_ssh(ssh_launch(tmp_path, f"{HOST}echo step 1 on $host; {DONE}"), said.append)
     assert sorted(said) == ["[alpha] step 1 on alpha", "[beta] step 1 on beta"]
 
 
@@ -238,6 +274,35 @@ def test_a_lost_host_ends_the_others_and_is_named(tmp_path: Path, here_first: No
         run_over_ssh(ssh_launch(tmp_path, agent), said.append)
     assert failure.value.exit_status == 1
     assert "[alpha] heard beat" in said and "[alpha] heard KILL" in said
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_an_agent_that_ends_without_a_word_was_reached_but_did_not_run(
+    tmp_path: Path, here_first: None, status: int
+) -> None:
+    agent = f"{HOST}[ $host = beta ] && {{ echo 'No module named mempar'; exit {status}; }}\n" + (
+        'while read -r word; do [ "$word" = KILL ] && exit 1; done'
+    )
+    with pytest.raises(MemparError, match=rf"on beta \(status {status}\), after: No module named mempar; every host"):
+        run_over_ssh(ssh_launch(tmp_path, agent), print)
+
+
+def test_a_connection_that_stays_open_after_the_verdict_is_closed(
+    tmp_path: Path, here_first: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As sshd keeps one for a daemon that a line of `setup` started."""
+    monkeypatch.setattr("mempar.tools.launch.ssh._LEAVE_SECONDS", 0.3)
+    began = time.monotonic()
+    run_over_ssh(ssh_launch(tmp_path, f"{DONE}; exec sleep 30"), print)
+    assert time.monotonic() - began < 10.0
+
+
+def test_output_that_nobody_takes_does_not_stop_a_run(tmp_path: Path, here_first: None) -> None:
+    def say(text: str) -> None:
+        raise BrokenPipeError
+
+    # More than a pipe holds.
+    run_over_ssh(ssh_launch(tmp_path, f"{HOST}yes | head -n 40000; {DONE}"), say)
 
 
 def test_refusal_of_one_host_is_that_of_the_launch(tmp_path: Path, here_first: None) -> None:
@@ -253,14 +318,15 @@ def test_remote_command_survives_any_shell_and_any_name(tmp_path: Path) -> None:
     """What ssh hands to a shell runs as it was meant, quotes, blanks and dollars in names included."""
     odd = tmp_path / "it's $HOME; a run"
     odd.mkdir()
-    profile = LaunchProfile(python="/bin/echo", env={"NAME": "a 'b' $c"}, setup=("echo ready",))
+    setup = ("false || SAID='it is'", 'echo "$SAID" ready  # of all')
+    profile = LaunchProfile(python="/bin/echo", env={"NAME": "a 'b' $c"}, setup=setup)
     made = SshLaunch(
         hosts=(Host(name="alpha", slots=3),), run_dir=odd, workdir=odd, profile=profile, port=29500, attempt="1"
     )
     ((*_, remote),) = commands(made)
     done = subprocess.run(["sh", "-c", remote], capture_output=True, text=True, check=True)
     ready, echoed = done.stdout.splitlines()
-    assert ready == "ready"
+    assert ready == "it is ready"
     assert echoed.startswith(f"-m mempar.runtime.launch.node {odd} --nodes 1 --nproc 3")
 
 

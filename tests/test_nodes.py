@@ -13,7 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import psutil
 import pytest
@@ -22,9 +24,10 @@ from mempar.errors import ConfigError, DamagedError, MemparError
 from mempar.runtime.config import RunConfig
 from mempar.runtime.launch import going_on, node_ends, nodes, words
 from mempar.runtime.launch.endings import RankEnd
-from mempar.runtime.launch.heartbeat import Phase, read_signs
+from mempar.runtime.launch.heartbeat import Heartbeat, Phase, Sign, read_signs
 from mempar.runtime.launch.node import main
 from mempar.runtime.launch.nodes import Node, gather, reaching_interface
+from mempar.runtime.launch.supervisor import Supervisor
 from mempar.runtime.overrides import override, to_yaml
 from mempar.runtime.run_dir import RunDir
 
@@ -252,11 +255,32 @@ def test_agent_refuses_a_directory_that_it_does_not_see(
 
 
 def test_ends_of_ranks_are_read_back(tmp_path: Path) -> None:
-    end = node_ends.NodeEnd(node_rank=3, ends=[RankEnd(rank=24, status=-9, ended_at=1.5), RankEnd(rank=25, status=0)])
+    sign = Sign(rank=24, pid=7, host="c", step=3, phase=Phase.UPDATE, num_marks=9, time=1.25)
+    end = node_ends.NodeEnd(
+        node_rank=3, ends=[RankEnd(rank=24, status=-9, ended_at=1.5, sign=sign), RankEnd(rank=25, status=0)]
+    )
     node_ends.record_node_end(tmp_path, end)
     (tmp_path / "node_00004.ended.json").write_text('[{"rank"')
     assert node_ends.read_node_ends(tmp_path) == {3: end}
     assert end.has_failed
+
+
+def test_ends_need_no_place_once_the_head_has_cleared_up(tmp_path: Path) -> None:
+    node_ends.record_node_end(tmp_path / "gone", node_ends.NodeEnd(node_rank=1, ends=[RankEnd(rank=1, status=0)]))
+    assert not (tmp_path / "gone").exists()
+
+
+def test_launchers_know_the_last_signs_of_their_ranks_better(tmp_path: Path) -> None:
+    """A mapped file's pages come late over a network: what lies there is older than what its node's launcher saw."""
+    heartbeat = Heartbeat(tmp_path, "other")
+    heartbeat.identify(1)
+    heartbeat.mark(Phase.DATA, 1)
+    newer = replace(heartbeat.sign, step=7, num_marks=40)
+    end = RankEnd(rank=1, status=-9, sign=newer, killed=True)
+    node_ends.record_node_end(tmp_path, node_ends.NodeEnd(node_rank=1, ends=[end]))
+    head = Supervisor(tmp_path, 2.0, Node(name="head", num_ranks=1, num_nodes=2))
+    head.start()
+    assert head.finish({0: 1}) == [replace(end, rank=0, status=1, sign=None, killed=False, ended_at=ANY), end]
 
 
 @pytest.mark.parametrize("error", [None, MemparError("it broke"), ConfigError("it is wrong")])

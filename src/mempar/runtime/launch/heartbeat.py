@@ -21,8 +21,8 @@ from pathlib import Path
 from mempar.errors import MemparError
 
 _SUFFIX, _STACK_SUFFIX = ".life", ".stack"
-# Rank, process, step, phase, number of marks; time of the last sign, time of the last mark; host.
-_RECORD = struct.Struct("<5q2d64s")
+# Rank, process, step, phase, number of marks; time of the last sign, time of the last mark; host, of DNS's length.
+_RECORD = struct.Struct("<5q2d256s")
 _MARK = struct.Struct("<3q2d")
 _MARK_OFFSET = 16
 _BEAT = struct.Struct("<d")
@@ -97,7 +97,7 @@ class Heartbeat:
             except OSError as error:
                 raise not_writable(self.path, error) from None
         now = time.time()
-        _RECORD.pack_into(self._page, 0, -1, pid, 0, Phase.STARTING, 0, now, now, host.encode()[:64])
+        _RECORD.pack_into(self._page, 0, -1, pid, 0, Phase.STARTING, 0, now, now, host.encode()[:256])
         self._num_marks = 0
         if self.path is not None:
             _aside(self.path).rename(self.path)

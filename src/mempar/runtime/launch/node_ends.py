@@ -1,15 +1,19 @@
 """How the ranks of every node ended, as their own launchers saw it, for the others to read.
 
 A rank that is killed leaves nothing behind that says by what; the launcher on its node knows. So each leaves a file
-beside the signs of life. Nothing here imports torch.
+beside the signs of life, with the last sign of each rank: what ranks write into mapped files may stay on their node for
+half a minute where the directory lies on a network. Nothing here imports torch.
 """
 
 import json
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mempar.runtime.durable import replace_file
 from mempar.runtime.launch.endings import RankEnd
+from mempar.runtime.launch.heartbeat import Phase, Sign
 
 _SUFFIX = ".ended.json"
 
@@ -33,7 +37,10 @@ class NodeEnd:
 
 
 def record_node_end(directory: Path, end: NodeEnd) -> None:
-    """Leave behind how this node's ranks ended."""
+    """Leave behind how this node's ranks ended, if there is a place for it.
+
+    The head deletes the directory when the run is done, which may be before this node is.
+    """
     rows = [
         {
             "rank": rank.rank,
@@ -42,10 +49,12 @@ def record_node_end(directory: Path, end: NodeEnd) -> None:
             "killed": rank.killed,
             "stopped": rank.stopped,
             "stack": rank.stack,
+            "sign": rank.sign and asdict(rank.sign),
         }
         for rank in end.ends
     ]
-    replace_file(directory / f"node_{end.node_rank:05d}{_SUFFIX}", json.dumps(rows).encode())
+    with suppress(OSError):
+        replace_file(directory / f"node_{end.node_rank:05d}{_SUFFIX}", json.dumps(rows).encode())
 
 
 def read_node_ends(directory: Path) -> dict[int, NodeEnd]:
@@ -54,9 +63,13 @@ def read_node_ends(directory: Path) -> dict[int, NodeEnd]:
     for path in directory.glob(f"node_*{_SUFFIX}"):
         try:
             number = int(path.name.removeprefix("node_").removesuffix(_SUFFIX))
-            ends = [RankEnd(**row) for row in json.loads(path.read_text())]
-        except (OSError, ValueError, TypeError):
+            ends = [RankEnd(**{**row, "sign": _sign(row["sign"])}) for row in json.loads(path.read_text())]
+        except (OSError, ValueError, TypeError, KeyError):
             # Not yet on this node's side of a shared file system.
             continue
         found[number] = NodeEnd(node_rank=number, ends=ends)
     return found
+
+
+def _sign(said: dict[str, Any] | None) -> Sign | None:
+    return Sign(**{**said, "phase": Phase(said["phase"])}) if said else None

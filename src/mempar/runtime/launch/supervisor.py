@@ -133,15 +133,9 @@ class Supervisor:
         failures = read_failures(self._directory)
         known = {end.rank: end for number, node in told.items() if number != self._node.node_rank for end in node.ends}
         signs = [sign for sign in read_signs(self._directory) if sign.host != self._host]
-        ends = [
-            replace(
-                known.pop(sign.rank, None) or self._end_of(sign, None, time.time()),
-                sign=sign,
-                failure=failures.get(sign.rank),
-            )
-            for sign in signs
-        ]
-        return ends + list(known.values())
+        # What a launcher saw of its own ranks is newer than what has come here of their signs.
+        unknown = [self._end_of(sign, None, time.time()) for sign in signs if sign.rank not in known]
+        return [replace(end, failure=failures.get(end.rank)) for end in (*known.values(), *unknown)]
 
     @property
     def failed_at(self) -> float:

@@ -23,6 +23,7 @@ from mempar.runtime.launch.local import run_node
 from mempar.runtime.launch.lock import RunLock
 from mempar.runtime.launch.nodes import this_host
 from mempar.runtime.launch.stopping import Terminated, sigterm_raises
+from mempar.runtime.launch.supervisor import Supervisor
 from mempar.runtime.overrides import override
 from mempar.runtime.preflight import check_layout
 from mempar.runtime.run_dir import RunDir, open_existing, open_new
@@ -213,15 +214,22 @@ def _write(made: _Launch, load: Path | None, say: Callable[[str], None]) -> None
 
 
 def _start_here(made: _Launch, say: Callable[[str], None]) -> None:
+    watching: list[Supervisor] = []
+
     def start(number: int) -> None:
         with RunLock(made.root, say):
-            run_node(made.root, this_host(made.per_node), ["--go-on"], say)
+            run_node(made.root, this_host(made.per_node), ["--go-on"], say, also=watching.append)
 
-    with_restarts(start, made.request.max_restarts, say)
+    with_restarts(start, made.request.max_restarts, say, lambda: any(one.is_told_to_end for one in watching))
 
 
 def _start_over_ssh(made: _Launch, say: Callable[[str], None]) -> None:
-    with_restarts(lambda number: run_over_ssh(_ssh_launch(made, number), say), made.request.max_restarts, say)
+    heard: list[str] = []
+
+    def start(number: int) -> None:
+        run_over_ssh(_ssh_launch(made, number), say, heard.append)
+
+    with_restarts(start, made.request.max_restarts, say, lambda: bool(heard))
 
 
 def _ssh_launch(made: _Launch, number: int) -> SshLaunch:

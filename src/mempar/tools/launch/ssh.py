@@ -27,7 +27,8 @@ _LEAVE_SECONDS = 10.0
 _POLL_SECONDS = 0.1
 # ssh's own failures, as its manual has it.
 _OF_SSH = 255
-_ALIVE = ("ServerAliveInterval=5", "ServerAliveCountMax=3")
+# A connection of its own: one that others share may lack these, and ssh would leave its master behind, with our pipes.
+_ALIVE = ("ServerAliveInterval=5", "ServerAliveCountMax=3", "ControlPath=none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +66,17 @@ def commands(launch: SshLaunch) -> list[list[str]]:
     return [[*ssh_command(launch.profile), host.name, _remote(launch, rank)] for rank, host in enumerate(launch.hosts)]
 
 
-def run_over_ssh(launch: SshLaunch, say: Callable[[str], None]) -> None:
+def run_over_ssh(
+    launch: SshLaunch, say: Callable[[str], None], heard: Callable[[str], None] = lambda word: None
+) -> None:
     """Start the agents and wait for them; must be called in the main thread.
 
     SIGTERM and SIGINT let the run save and end, and this function return; a second SIGINT ends it at once.
+
+    Args:
+        launch: what is started.
+        say: prints a line.
+        heard: told of every such signal, by its name.
 
     Raises:
         MemparError: when the run failed, with the one message.
@@ -76,12 +84,17 @@ def run_over_ssh(launch: SshLaunch, say: Callable[[str], None]) -> None:
     """
     agents = [_Agent(host.name, command, say) for host, command in zip(launch.hosts, commands(launch), strict=True)]
     watch = _Watch(agents)
-    try:
-        with heed_signals(watch.tell, watch.end_now):
+
+    def wish(word: str) -> None:
+        heard(word)
+        watch.tell(word)
+
+    with heed_signals(wish, watch.end_now):
+        try:
             watch.until_all_ended()
-    finally:
-        for agent in agents:
-            agent.close()
+        finally:
+            for agent in agents:
+                agent.close()
     if watch.interrupted:
         raise KeyboardInterrupt
     error = _verdict(agents)
@@ -97,7 +110,8 @@ def _remote(launch: SshLaunch, rank: int) -> str:
     agent += ["--node", launch.hosts[rank].name, "--rendezvous", f"{head.name}:{launch.port}"]
     agent += ["--attempt", launch.attempt, "--patience", str(profile.rendezvous_seconds), "--stdin"]
     steps = [f"module load {shlex.join(profile.modules)}"] if profile.modules else []
-    steps += profile.setup
+    # A comment, or an `||`, is of its own line alone.
+    steps += [f"eval {shlex.quote(line)}" for line in profile.setup]
     steps += [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
     steps += [f"cd {shlex.quote(profile.workdir or str(launch.workdir))}", f"exec {shlex.join(agent)}"]
     # `module` is a function of login shells.
@@ -111,7 +125,7 @@ class _Agent:
     def __init__(self, host: str, command: Sequence[str], say: Callable[[str], None]) -> None:
         self.host, self._say = host, say
         self.error: MemparError | None = None
-        self.has_verdict, self.was_told_to_end = False, False
+        self.was_told_to_end, self._verdict_at = False, 0.0
         self.last_line = ""
         pipe = subprocess.PIPE
         # A session of its own: ^C reaches the launcher alone, which passes it on.
@@ -125,6 +139,24 @@ class _Agent:
     def status(self) -> int | None:
         """Of the connection; None while it lasts."""
         return self.process.poll()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more comes: sshd keeps a connection open for whatever else was started there and writes."""
+        is_over = self.has_verdict and time.monotonic() - self._verdict_at > _LEAVE_SECONDS
+        return is_over or self.status is not None
+
+    @property
+    def has_verdict(self) -> bool:
+        """Whether it said how its part ended."""
+        return self._verdict_at > 0.0
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended, or will, but not well; an agent that ends well says so, which may still be on its way."""
+        if self.has_verdict:
+            return self.error is not None
+        return bool(self.status) or (self.status == 0 and not self._reader.is_alive())
 
     @property
     def has_refused(self) -> bool:
@@ -153,10 +185,12 @@ class _Agent:
             line = raw.decode(errors="replace").rstrip("\r\n")
             is_verdict, error = words.hear_verdict(line)
             if is_verdict:
-                self.has_verdict, self.error = True, error
+                self.error, self._verdict_at = error, time.monotonic()
             elif line:
                 self.last_line = line
-                self._say(f"[{self.host}] {line}")
+                # Whether or not anybody still takes it: an agent that cannot write does not go on.
+                with contextlib.suppress(OSError):
+                    self._say(f"[{self.host}] {line}")
 
 
 class _Watch:
@@ -178,14 +212,13 @@ class _Watch:
     def until_all_ended(self) -> None:
         """Beat, pass on, and see the agents end."""
         beaten, failed_at, told_to_end = 0.0, 0.0, 0.0
-        while any(agent.status is None for agent in self._agents):
+        while running := [agent for agent in self._agents if not agent.has_ended]:
             now = time.monotonic()
-            running = [agent for agent in self._agents if agent.status is None]
             said = [self._wishes.pop(0) for _ in range(len(self._wishes))]
             if now - beaten > words.BEAT_SECONDS:
                 beaten = now
                 said.append(words.BEAT)
-            if not failed_at and any(agent.status for agent in self._agents):
+            if not failed_at and any(agent.has_failed for agent in self._agents):
                 failed_at = now
             grace = _REFUSED_GRACE_SECONDS if any(agent.has_refused for agent in self._agents) else _GRACE_SECONDS
             if not told_to_end and (self.interrupted or (failed_at and now - failed_at > grace)):
@@ -204,13 +237,15 @@ class _Watch:
 def _verdict(agents: list[_Agent]) -> MemparError | None:
     """What the run came to: the head speaks for all, unless it is lost, or another host could not begin."""
     head = agents[0]
-    failed = [agent for agent in agents if agent.status]
+    failed = [agent for agent in agents if agent.error is not None or not agent.has_verdict]
     if not failed:
         return None
     refused = [agent for agent in agents if agent.has_refused]
-    lost = [agent for agent in agents if not agent.has_verdict and not agent.was_told_to_end]
+    silent = [agent for agent in agents if not agent.has_verdict and not agent.was_told_to_end]
     if refused:
         return refused[0].error
+    # What ends otherwise than by a failure of ssh, or a signal to it, was reached.
+    lost = [agent for agent in silent if agent.status is not None and (agent.status < 0 or agent.status == _OF_SSH)]
     if lost:
         names = ", ".join(agent.host for agent in lost)
         own = [agent for agent in lost if agent.status == _OF_SSH and agent.last_line]
@@ -219,6 +254,14 @@ def _verdict(agents: list[_Agent]) -> MemparError | None:
             f"the connection to {names} was lost{why}, and the ranks there have ended with it; a run cannot go on "
             "without one of its hosts; see whether it is up and reached, and continue from the last checkpoint with "
             "--resume, or let --max-restarts do it."
+        )
+    if silent:
+        names = ", ".join(f"{agent.host} (status {agent.status})" for agent in silent)
+        last = next((agent.last_line for agent in silent if agent.last_line), "")
+        return MemparError(
+            f"the agent ended without a word on {names}{f', after: {last}' if last else ''}; every host needs the same "
+            "Python with mempar, the directory in which the run is launched, and memory enough; see the output above, "
+            "and continue with --resume."
         )
     told = [agent.error for agent in (head, *failed) if agent.error is not None]
     return (
