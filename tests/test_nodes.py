@@ -190,6 +190,17 @@ def test_signal_while_nodes_gather_ends_at_once(launch: Callable[..., Launch], t
     assert time.monotonic() - began < 20.0
 
 
+@pytest.mark.parametrize("node", [0, 1])
+def test_signal_to_one_agent_before_the_first_step_ends_all(launch: Callable[..., Launch], node: int) -> None:
+    started = launch("start for ever", "start for ever")
+    started.start()
+    started.wait_for(Phase.STARTING)
+    started.agents[node].send_signal(signal.SIGTERM)
+    head, other = started.ends()
+    assert (head[0], head[2]) == (other[0], other[2]) == (0, None)
+    assert "ended by SIGTERM before the first step" in head[1]
+
+
 def test_port_in_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "_PORT_PATIENCE_SECONDS", 0.3)
     with socket.socket() as taken:
@@ -257,7 +268,9 @@ def test_agent_refuses_a_directory_that_it_does_not_see(
 def test_ends_of_ranks_are_read_back(tmp_path: Path) -> None:
     sign = Sign(rank=24, pid=7, host="c", step=3, phase=Phase.UPDATE, num_marks=9, time=1.25)
     end = node_ends.NodeEnd(
-        node_rank=3, ends=[RankEnd(rank=24, status=-9, ended_at=1.5, sign=sign), RankEnd(rank=25, status=0)]
+        stopped_early="SIGTERM",
+        node_rank=3,
+        ends=[RankEnd(rank=24, status=-9, ended_at=1.5, sign=sign), RankEnd(rank=25, status=0)],
     )
     node_ends.record_node_end(tmp_path, end)
     (tmp_path / "node_00004.ended.json").write_text('[{"rank"')

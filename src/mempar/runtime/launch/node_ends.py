@@ -25,10 +25,12 @@ class NodeEnd:
     Attributes:
         node_rank: which node.
         ends: one for each rank of which anything is known.
+        stopped_early: the signal that ended them before the first step; empty if none did.
     """
 
     node_rank: int
     ends: list[RankEnd]
+    stopped_early: str = ""
 
     @property
     def has_failed(self) -> bool:
@@ -54,7 +56,8 @@ def record_node_end(directory: Path, end: NodeEnd) -> None:
         for rank in end.ends
     ]
     with suppress(OSError):
-        replace_file(directory / f"node_{end.node_rank:05d}{_SUFFIX}", json.dumps(rows).encode())
+        said = {"stopped_early": end.stopped_early, "ranks": rows}
+        replace_file(directory / f"node_{end.node_rank:05d}{_SUFFIX}", json.dumps(said).encode())
 
 
 def read_node_ends(directory: Path) -> dict[int, NodeEnd]:
@@ -63,11 +66,12 @@ def read_node_ends(directory: Path) -> dict[int, NodeEnd]:
     for path in directory.glob(f"node_*{_SUFFIX}"):
         try:
             number = int(path.name.removeprefix("node_").removesuffix(_SUFFIX))
-            ends = [RankEnd(**{**row, "sign": _sign(row["sign"])}) for row in json.loads(path.read_text())]
+            said = json.loads(path.read_text())
+            ends = [RankEnd(**{**row, "sign": _sign(row["sign"])}) for row in said["ranks"]]
+            found[number] = NodeEnd(node_rank=number, ends=ends, stopped_early=str(said["stopped_early"]))
         except (OSError, ValueError, TypeError, KeyError):
             # Not yet on this node's side of a shared file system.
             continue
-        found[number] = NodeEnd(node_rank=number, ends=ends)
     return found
 
 

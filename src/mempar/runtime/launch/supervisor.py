@@ -106,7 +106,8 @@ class Supervisor:
         self._look()
         ends = self._own_ends(statuses)
         if self._node.num_nodes > 1:
-            record_node_end(self._directory, NodeEnd(node_rank=self._node.node_rank, ends=ends))
+            early = (self._wish or "SIGTERM") if self.stopped_early else ""
+            record_node_end(self._directory, NodeEnd(node_rank=self._node.node_rank, ends=ends, stopped_early=early))
             ends += self._ends_elsewhere(failed=any(end.has_failed for end in ends))
         return ends
 
@@ -148,6 +149,10 @@ class Supervisor:
 
     def _look(self) -> None:
         now = time.time()
+        for other in self._nodes_elsewhere():
+            # Its agent alone was told to end, or was told first; nobody starts without it.
+            if other.stopped_early and not self._wish:
+                self.wish(other.stopped_early)
         self._signs = {sign.pid: sign for sign in read_signs(self._directory, self._host)}
         for sign in self._signs.values():
             self._collect(sign, now)
@@ -203,7 +208,8 @@ class Supervisor:
         if not running or not (self._ends or self._node.num_nodes > 1):
             return
         failures = read_failures(self._directory)
-        ends = [replace(end, failure=failures.get(end.rank)) for end in (*self._ends.values(), *self._told_elsewhere())]
+        elsewhere = [end for node in self._nodes_elsewhere() for end in node.ends]
+        ends = [replace(end, failure=failures.get(end.rank)) for end in (*self._ends.values(), *elsewhere)]
         failed = [end for end in ends if end.has_failed]
         if not failed:
             return
@@ -213,11 +219,11 @@ class Supervisor:
         if now - self._failed_at > grace:
             self._kill(running, stacks=not known)
 
-    def _told_elsewhere(self) -> list[RankEnd]:
+    def _nodes_elsewhere(self) -> list[NodeEnd]:
         if self._node.num_nodes == 1:
             return []
         told = read_node_ends(self._directory)
-        return [end for number, node in told.items() if number != self._node.node_rank for end in node.ends]
+        return [node for number, node in told.items() if number != self._node.node_rank]
 
     def _end_silent(self, running: list[Sign], now: float) -> None:
         """End all when one rank gave no sign for longer than a collective would have waited for it."""
