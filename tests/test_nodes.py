@@ -249,6 +249,28 @@ def test_interface_is_the_one_that_reaches_the_head() -> None:
     assert nodes.endpoint("[::1]:29500") == ("::1", 29500)
 
 
+def test_head_goes_by_the_address_at_which_others_reach_it() -> None:
+    """Its own name may stand for 127.0.1.1 there, as Debian has it: gloo would tell others to connect to themselves."""
+    addresses = {
+        known.address: name
+        for name, found in psutil.net_if_addrs().items()
+        for known in found
+        if known.family == socket.AF_INET
+    }
+    for own, seen in [("localhost", address) for address in addresses]:
+        port = free_port()
+        head, other = (
+            Node(name=str(rank), num_ranks=1, node_rank=rank, num_nodes=2, rendezvous=f"{host}:{port}", attempt="x")
+            for rank, host in enumerate((own, seen))
+        )
+        met: list[object] = []
+        thread = threading.Thread(target=lambda met=met, node=head: met.append(gather(node, 20.0, lambda: False)))
+        thread.start()
+        store = gather(other, 20.0, lambda: False)
+        thread.join()
+        assert nodes.meeting_interface(head, met[0]) == nodes.meeting_interface(other, store) == addresses[seen]
+
+
 def test_ranks_are_numbered_node_by_node() -> None:
     node = Node(name="c", num_ranks=8, node_rank=3, num_nodes=4)
     assert (node.first_rank, node.is_head) == (24, False)

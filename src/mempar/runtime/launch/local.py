@@ -19,7 +19,7 @@ from pathlib import Path
 from mempar.errors import MemparError
 from mempar.runtime.launch.endings import BEFORE_STEPS, RankEnd, diagnose
 from mempar.runtime.launch.heartbeat import not_writable
-from mempar.runtime.launch.nodes import Node, gather, reaching_interface, this_host
+from mempar.runtime.launch.nodes import Node, gather, meeting_interface, this_host
 from mempar.runtime.launch.stopping import heed_signals
 from mempar.runtime.launch.supervisor import Supervisor
 from mempar.runtime.overrides import load_yaml
@@ -129,7 +129,7 @@ def _run(command: list[str], node: Node, supervisor: Supervisor, patience: float
         supervisor.stopped_early = True
         return {}
     # Sockets of gloo are bound to the address that the host's own name has, which is often that of no interface.
-    interface = reaching_interface(node.rendezvous)
+    interface = meeting_interface(node, store)
     return _run_with_agent(command, node, {**_DEFAULTS, **({"GLOO_SOCKET_IFNAME": interface} if interface else {})})
 
 

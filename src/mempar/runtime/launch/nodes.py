@@ -100,6 +100,19 @@ def endpoint(rendezvous: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def meeting_interface(node: Node, store: Any) -> str:
+    """The network interface over which this node and the others reach each other; empty where that cannot be told.
+
+    On the head its own name often stands for a loopback address (Debian writes 127.0.1.1 into /etc/hosts), so that it
+    goes by the address at which node 1 has reached it.
+
+    Args:
+        node: this one; there are several.
+        store: in which they have gathered.
+    """
+    return _interface_of(store.get(_head_key(node)).decode()) if node.is_head else reaching_interface(node.rendezvous)
+
+
 def reaching_interface(rendezvous: str) -> str:
     """The network interface over which the head node is reached; empty where that cannot be told."""
     host, port = endpoint(rendezvous)
@@ -111,10 +124,27 @@ def reaching_interface(rendezvous: str) -> str:
             own = probe.getsockname()[0]
     except OSError:
         return ""
+    return _interface_of(own)
+
+
+def _interface_of(address: str) -> str:
     for name, addresses in psutil.net_if_addrs().items():
-        if any(known.address.partition("%")[0] == own for known in addresses):
+        if any(known.address.partition("%")[0] == address for known in addresses):
             return name
     return ""
+
+
+def _head_key(node: Node) -> str:
+    return f"{node.attempt}/head"
+
+
+def _address_of(host: str, port: int) -> str:
+    try:
+        with socket.create_connection((host, port), timeout=2.0) as probe:
+            # Of IPv6, without the zone, which is this node's own.
+            return probe.getpeername()[0].partition("%")[0]
+    except OSError:
+        return ""
 
 
 def _wait_for_port(port: int, given_up: Callable[[], bool]) -> None:
@@ -152,6 +182,8 @@ def _meet(node: Node, host: str, port: int, until: float, given_up: Callable[[],
     patience = datetime.timedelta(seconds=30)
     try:
         store = TCPStore(host, port, None, node.is_head, patience, wait_for_workers=False, multi_tenant=True)
+        if node.node_rank == 1:
+            store.set(_head_key(node), _address_of(host, port))
         store.set(keys[node.node_rank], node.name)
         while not store.check(keys):
             if given_up():
