@@ -19,7 +19,7 @@ from pathlib import Path
 from mempar.errors import MemparError
 from mempar.runtime.launch.endings import BEFORE_STEPS, RankEnd, diagnose
 from mempar.runtime.launch.heartbeat import not_writable
-from mempar.runtime.launch.nodes import Node, gather, meeting_interface, this_host
+from mempar.runtime.launch.nodes import Node, comes_true, gather, meeting_interface, this_host
 from mempar.runtime.launch.stopping import heed_signals
 from mempar.runtime.launch.supervisor import Supervisor
 from mempar.runtime.overrides import load_yaml
@@ -123,6 +123,8 @@ def _run(command: list[str], node: Node, supervisor: Supervisor, patience: float
             return {0: process.wait()}
     if node.num_nodes == 1:
         return _run_with_agent(command, node, _DEFAULTS)
+    # Not between the two meetings, where somebody might leave.
+    _import_agent()
     # Kept until the ranks have ended: they meet in it.
     store = gather(node, patience, lambda: supervisor.is_told_to_end)
     if store is None:
@@ -130,7 +132,16 @@ def _run(command: list[str], node: Node, supervisor: Supervisor, patience: float
         return {}
     # Sockets of gloo are bound to the address that the host's own name has, which is often that of no interface.
     interface = meeting_interface(node, store)
-    return _run_with_agent(command, node, {**_DEFAULTS, **({"GLOO_SOCKET_IFNAME": interface} if interface else {})})
+    defaults = {**_DEFAULTS, **({"GLOO_SOCKET_IFNAME": interface} if interface else {})}
+    try:
+        return _run_with_agent(command, node, defaults)
+    except RuntimeError as error:
+        if comes_true(lambda: supervisor.is_told_to_end):
+            return {}
+        raise MemparError(
+            f"node {node.name} lost the others when its ranks were to start ({str(error).splitlines()[0]}); a run "
+            "needs all of its nodes; see what they say."
+        ) from None
 
 
 def _with_defaults(defaults: dict[str, str]) -> list[str]:
@@ -141,12 +152,11 @@ def _with_defaults(defaults: dict[str, str]) -> list[str]:
 
 def _run_with_agent(command: list[str], node: Node, defaults: dict[str, str]) -> dict[int, int]:
     """Run ranks under torchrun's agent; returns the exit statuses of those that failed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.elastic.utils import macros
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    _import_agent()
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.utils import macros
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # It tells of every signal that it sends; the one message comes from us.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -173,6 +183,12 @@ def _run_with_agent(command: list[str], node: Node, defaults: dict[str, str]) ->
     except SignalException as error:
         raise MemparError(f"ended by {error.sigval.name}, and the ranks with it; SIGTERM lets a run save.") from None
     return {}
+
+
+def _import_agent() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch.distributed.launcher.api  # noqa: F401
 
 
 def _judge(supervisor: Supervisor, ends: list[RankEnd], timeout: float, say: Callable[[str], None]) -> None:

@@ -18,6 +18,9 @@ from mempar.errors import ConfigError, MemparError
 _POLL_SECONDS = 0.2
 # For the store of a launch that has just ended to leave its port.
 _PORT_PATIENCE_SECONDS = 5.0
+_STORE_SECONDS = 10
+# For the end of another node to be seen here.
+_NEWS_SECONDS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,8 +181,8 @@ def _meet(node: Node, host: str, port: int, until: float, given_up: Callable[[],
     from torch.distributed import TCPStore
 
     keys = [f"{node.attempt}/node/{rank}" for rank in range(node.num_nodes)]
-    # The least that torch takes kindly; what is asked of the store is answered at once.
-    patience = datetime.timedelta(seconds=30)
+    # Of native code, which hears no signals; the head listens already, and answers at once.
+    patience = datetime.timedelta(seconds=_STORE_SECONDS)
     try:
         store = TCPStore(host, port, None, node.is_head, patience, wait_for_workers=False, multi_tenant=True)
         if node.node_rank == 1:
@@ -196,11 +199,21 @@ def _meet(node: Node, host: str, port: int, until: float, given_up: Callable[[],
                 )
             time.sleep(_POLL_SECONDS)
     except RuntimeError as error:
+        if comes_true(given_up):
+            return None
         raise MemparError(
             f"node {node.name} lost the head node at {node.rendezvous} while nodes gathered ({_first_line(error)}); "
             "all nodes meet there; see what the head says."
         ) from None
     return store
+
+
+def comes_true(condition: Callable[[], bool]) -> bool:
+    """Whether something comes to be known within the moment that news of other nodes take."""
+    until = time.monotonic() + _NEWS_SECONDS
+    while not condition() and time.monotonic() < until:
+        time.sleep(_POLL_SECONDS)
+    return condition()
 
 
 def _first_line(error: Exception) -> str:
