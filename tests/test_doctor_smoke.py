@@ -10,7 +10,7 @@ import pytest
 
 from mempar.tools.doctor import smoke
 from mempar.tools.doctor.finding import Finding
-from mempar.tools.doctor.smoke import Outcome
+from mempar.tools.doctor.smoke import Outcome, ended_in
 from mempar.tools.doctor.smoke_rank import STAGES, Report, read_reports, sent
 
 TESTS = Path(__file__).parent
@@ -38,7 +38,10 @@ def report(rank: int, stage: str = "done", **others: object) -> Report:
 
 
 def judged(*reports: Report, status: int | None = 1, output: str = "", link: float | None = None) -> Finding:
-    found = smoke.judge(Outcome(num_ranks=4, reports=list(reports), status=status, output=output, seconds=7.0), link)
+    said = Outcome(
+        num_ranks=4, reports=list(reports), status=status, output=output, ended=ended_in(output), seconds=7.0
+    )
+    found = smoke.judge(said, link)
     assert all(one.level == "ok" or (one.rule and one.remedy) for one in found)
     return found[0]
 

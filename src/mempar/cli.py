@@ -37,6 +37,10 @@ Nodes = Annotated[
 Port = Annotated[
     int | None, typer.Option(help="Where nodes meet on the first one; a free one by default.", show_default=False)
 ]
+Hostfile = Annotated[Path | None, typer.Option(help="With --on ssh: lines of `HOST slots=N`.", show_default=False)]
+Profile = Annotated[
+    Path | None, typer.Option(help="What the cluster needs to know of itself, in YAML.", show_default=False)
+]
 # Flags that come before a launch profile's values.
 Partition = Annotated[str | None, typer.Option(help="Of SLURM, before the profile's.", show_default=False)]
 Account = Annotated[str | None, typer.Option(help="Of SLURM, before the profile's.", show_default=False)]
@@ -95,12 +99,8 @@ def launch(
     nproc_per_node: Annotated[
         int | None, typer.Option(help="Ranks on each.  \\[default: its GPUs, or slots]", show_default=False)
     ] = None,
-    hostfile: Annotated[
-        Path | None, typer.Option(help="With --on ssh: lines of `HOST slots=N`.", show_default=False)
-    ] = None,
-    profile: Annotated[
-        Path | None, typer.Option(help="What the cluster needs to know of itself, in YAML.", show_default=False)
-    ] = None,
+    hostfile: Hostfile = None,
+    profile: Profile = None,
     partition: Partition = None,
     account: Account = None,
     time: TimeLimit = None,
@@ -297,24 +297,43 @@ def doctor(
     assignments: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.save_interval=100.")
     ] = None,
+    place: Annotated[str, typer.Option("--on", help="local, ssh or slurm.")] = "local",
+    nodes: Annotated[
+        int | None,
+        typer.Option(help="How many.  \\[default: all hosts, the allocation's, the recipe's]", show_default=False),
+    ] = None,
+    hostfile: Hostfile = None,
+    profile: Profile = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory of the run.  \\[default: runs]", show_default=False)
     ] = None,
     nproc: Annotated[
         int | None,
-        typer.Option(help="Ranks of this machine to try out.  \\[default: one a GPU, or two]", show_default=False),
+        typer.Option(help="Ranks of a node to try out.  \\[default: slots, one a GPU, or two]", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Look for what would stop a run on this machine or slow it down, and say what to do.
+    """Look for what would stop a run on this machine, or on the nodes of a launch, or slow it down; say what to do.
 
-    Versions, devices, network, disk, limits, clocks, and collectives tried out. Ends with status 1 when a run would
-    fail.
+    Versions, devices, network, disk, limits, clocks, and collectives tried out, on all nodes together; with --on slurm
+    inside an allocation or in one of its own. Ends with status 1 when a run would fail.
     """
     from mempar.tools.doctor import command
+    from mempar.tools.launch.profile import LaunchProfile
+    from mempar.tools.launch.profile_file import read_profile
 
-    status = command.doctor(recipe, assignments or [], out=out, num_ranks=nproc, as_json=as_json, say=typer.echo)
-    raise typer.Exit(status)
+    request = command.Request(
+        recipe=recipe,
+        assignments=tuple(assignments or ()),
+        place=place,
+        profile=read_profile(profile) if profile else LaunchProfile(),
+        nodes=nodes,
+        hostfile=hostfile,
+        out=out,
+        num_ranks=nproc,
+        as_json=as_json,
+    )
+    raise typer.Exit(command.doctor(request, typer.echo))
 
 
 def main() -> None:

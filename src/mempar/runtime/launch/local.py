@@ -30,6 +30,8 @@ _WORKER = "mempar.runtime.launch.worker"
 # process is busy. libgomp reads this when torch is loaded. A shell that becomes the rank sets it, as the agent takes a
 # command and no environment, and this process keeps its own; what the user has set stays.
 _DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}
+# For which torchrun's agent puts a rank's number on its node.
+_LOCAL_RANK = "${local_rank}"
 # For torchrun's agents, which begin when all nodes have come.
 _AGENT_SECONDS = 60
 
@@ -122,22 +124,45 @@ def _run(command: list[str], node: Node, supervisor: Supervisor, patience: float
         with subprocess.Popen([*_with_defaults(_DEFAULTS), *command, "--rank", "0"], start_new_session=True) as process:
             return {0: process.wait()}
     if node.num_nodes == 1:
-        return _run_with_agent(command, node, _DEFAULTS)
+        return _run_with_agent([*command, "--rank", _LOCAL_RANK], node, _DEFAULTS)
+    statuses = run_together([*command, "--rank", _LOCAL_RANK], node, patience, lambda: supervisor.is_told_to_end)
+    if statuses is None:
+        supervisor.stopped_early = True
+    return statuses or {}
+
+
+def run_together(
+    command: list[str], node: Node, patience: float, given_up: Callable[[], bool]
+) -> dict[int, int] | None:
+    """Run one of several nodes' ranks when all nodes have come; every node must call it, in its main thread.
+
+    Args:
+        command: that is a rank.
+        node: this one; there are several.
+        patience: seconds to wait for the others.
+        given_up: looked at while it waits.
+
+    Returns:
+        The exit statuses of the ranks that failed, here or elsewhere; None when it was given up before they started.
+
+    Raises:
+        ConfigError: when the head's port is in use.
+        MemparError: when the nodes do not come together.
+    """
     # Not between the two meetings, where somebody might leave.
     _import_agent()
     # Kept until the ranks have ended: they meet in it.
-    store = gather(node, patience, lambda: supervisor.is_told_to_end)
+    store = gather(node, patience, given_up)
     if store is None:
-        supervisor.stopped_early = True
-        return {}
+        return None
     # Sockets of gloo are bound to the address that the host's own name has, which is often that of no interface.
     interface = meeting_interface(node, store)
     defaults = {**_DEFAULTS, **({"GLOO_SOCKET_IFNAME": interface} if interface else {})}
     try:
         return _run_with_agent(command, node, defaults)
     except RuntimeError as error:
-        if comes_true(lambda: supervisor.is_told_to_end):
-            return {}
+        if comes_true(given_up):
+            return None
         raise MemparError(
             f"node {node.name} lost the others when its ranks were to start ({str(error).splitlines()[0]}); a run "
             "needs all of its nodes; see what they say."
@@ -155,7 +180,6 @@ def _run_with_agent(command: list[str], node: Node, defaults: dict[str, str]) ->
     _import_agent()
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.utils import macros
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # It tells of every signal that it sends; the one message comes from us.
@@ -177,7 +201,7 @@ def _run_with_agent(command: list[str], node: Node, defaults: dict[str, str]) ->
     )
     try:
         shell, *options = _with_defaults(defaults)
-        elastic_launch(config, shell)(*options, *command, "--rank", macros.local_rank)
+        elastic_launch(config, shell)(*options, *command)
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
     except SignalException as error:

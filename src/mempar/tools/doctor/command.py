@@ -1,57 +1,92 @@
 """`mempar doctor`: look at everything, say what was found, and whether a run would fail."""
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from mempar.errors import ConfigError
 from mempar.recipes import find_recipe
-from mempar.runtime.hardware import GPUS
+from mempar.runtime.config import RunConfig
+from mempar.runtime.launch.stopping import Terminated, sigterm_raises
 from mempar.runtime.overrides import override
-from mempar.tools.doctor import (
-    clocks,
-    devices,
-    disk,
-    environment,
-    file_system,
-    interfaces,
-    limits,
-    machine,
-    network,
-    packages,
-    smoke,
-    versions,
-)
-from mempar.tools.doctor.environment import Allocation
+from mempar.tools.doctor import environment, machine, smoke
 from mempar.tools.doctor.finding import ERROR, NOTE, Finding, worst
-from mempar.tools.doctor.machine import Machine
+from mempar.tools.doctor.looking import look
 from mempar.tools.doctor.needs import Needs, needs_of
+from mempar.tools.doctor.node_commands import srun_command, ssh_commands
 from mempar.tools.doctor.report import show
+from mempar.tools.doctor.together import Site, look_together
+from mempar.tools.launch.hostfile import choose_hosts, read_hostfile
+from mempar.tools.launch.places import any_port, check_place
+from mempar.tools.launch.profile import LaunchProfile
 
-# Ranks that are tried out on a CPU where nobody says how many.
-_CPU_RANKS = 2
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was asked for on the command line.
 
-def doctor(
-    recipe: str | None,
-    assignments: list[str],
-    *,
-    out: Path | None,
-    num_ranks: int | None,
-    as_json: bool,
-    say: Callable[[str], None],
-) -> int:
-    """Look at this machine, and at what a recipe wants of it.
-
-    Args:
+    Attributes:
         recipe: name, YAML file or module:function; None for no run in particular.
         assignments: `KEY=VALUE` overrides.
+        place: `local`, `ssh` or `slurm`.
+        profile: of the cluster, with flags.
+        nodes: None takes all hosts, the allocation's, or what the recipe is laid out for.
+        hostfile: of --on ssh.
         out: directory that the run would have; `runs` by default.
-        num_ranks: ranks of this machine, to be tried out; None for one a GPU, or two.
+        num_ranks: ranks of each node to try out; None for the profile's, one a GPU, or two.
         as_json: print a list of objects, and nothing else.
+    """
+
+    recipe: str | None = None
+    assignments: tuple[str, ...] = ()
+    place: str = "local"
+    profile: LaunchProfile
+    nodes: int | None = None
+    hostfile: Path | None = None
+    out: Path | None = None
+    num_ranks: int | None = None
+    as_json: bool = False
+
+    def __post_init__(self) -> None:
+        """Check options against each other."""
+        check_place(self.place, self.hostfile)
+        if self.num_ranks is not None and self.num_ranks < 1:
+            raise ConfigError(
+                f"--nproc {self.num_ranks} starts no rank; collectives are tried out on at least one; raise it."
+            )
+        if self.nodes is not None and self.nodes < 1:
+            raise ConfigError(f"--nodes={self.nodes} must be at least 1; there is nothing else to look at; raise it.")
+        if self.place == "local" and (self.nodes or 1) > 1:
+            raise ConfigError(
+                f"--nodes {self.nodes} with --on local: this machine is one; use --on ssh or --on slurm for more."
+            )
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"{self.root} is a file; a run needs a directory; choose another --out.")
+        if self.recipe is not None and "=" in self.recipe and not self.recipe.startswith(("/", ".")):
+            raise ConfigError(
+                f"'{self.recipe}' is no recipe; settings follow a recipe; write mempar doctor RECIPE {self.recipe}."
+            )
+
+    @property
+    def root(self) -> Path:
+        """Directory of the run."""
+        return self.out or Path("runs")
+
+    @property
+    def ranks_per_node(self) -> int | None:
+        """Ranks of each node, as far as they are given."""
+        return self.num_ranks or (None if self.place == "local" else self.profile.nproc_per_node)
+
+
+def doctor(request: Request, say: Callable[[str], None]) -> int:
+    """Look at this machine or at nodes, and at what a recipe wants of them.
+
+    Args:
+        request: what was asked for.
         say: prints a line.
 
     Returns:
@@ -60,77 +95,93 @@ def doctor(
     Raises:
         ConfigError: for bad input.
     """
-    if num_ranks is not None and num_ranks < 1:
-        raise ConfigError(f"--nproc {num_ranks} starts no rank; collectives are tried out on at least one; raise it.")
-    root = out or Path("runs")
-    if root.exists() and not root.is_dir():
-        raise ConfigError(f"{root} is a file; a run needs a directory; choose another --out.")
-    if recipe is not None and "=" in recipe and not recipe.startswith(("/", ".")):
-        raise ConfigError(f"'{recipe}' is no recipe; settings follow a recipe; write mempar doctor RECIPE {recipe}.")
-    needs = needs_of(override(find_recipe(recipe), assignments), root, num_ranks) if recipe else Needs()
+    run = override(find_recipe(request.recipe), list(request.assignments)) if request.recipe else None
+    find = {"local": _look_here, "ssh": _look_over_ssh, "slurm": _look_in_slurm}[request.place]
     console = Console(stderr=True)
     with console.status("looking ...") as status:
-        findings = list(_look(needs, root, num_ranks, lambda what: status.update(f"looking at {what} ...")))
-    if as_json:
+        try:
+            with sigterm_raises():
+                findings = find(request, run, lambda what: status.update(f"looking at {what} ..."))
+        except Terminated:
+            # All that was started has ended by now.
+            raise KeyboardInterrupt from None
+    if request.as_json:
         say(json.dumps([finding.as_dict() for finding in findings], indent=1))
     else:
         show(findings, Console())
     return int(worst(findings) == ERROR)
 
 
-def _look(needs: Needs, root: Path, num_ranks: int | None, at: Callable[[str], None]) -> Iterator[Finding]:
-    """Look at one subject after the other."""
-    at("packages")
-    installed, job = packages.collect(), environment.allocation()
-    needs = dataclasses.replace(needs, num_nodes=max(needs.num_nodes, job.num_nodes))
-    yield from versions.check(installed, context_parallel=needs.context_parallel, kernels=needs.kernels)
-    at("devices")
-    computer = machine.collect(installed.cuda)
-    tried = num_ranks or len(computer.devices) or _CPU_RANKS
-    # What a recipe for GPUs would run on a CPU is not known: ranks are tried out for the sake of the machine.
-    fits_kind = bool(needs.name) and (needs.gpu is None or bool(computer.devices))
-    ranks_here = num_ranks or (needs.ranks_per_node if fits_kind else tried)
-    yield from devices.check(
-        computer,
-        wanted=needs.gpu,
-        num_wanted=needs.ranks_per_node if needs.gpu else 0,
-        num_ranks=ranks_here,
-        has_scheduler=job.has_scheduler and not job.job,
+def _look_here(request: Request, run: RunConfig | None, at: Callable[[str], None]) -> list[Finding]:
+    needs = _needs(request, run, request.num_ranks, 1)
+    seen = look(needs, request.root, request.num_ranks, at)
+    findings = seen.findings
+    if "torch" in seen.installed.versions:
+        at(f"collectives of {seen.num_ranks} ranks")
+        names = [device.name for device in seen.computer.devices]
+        findings += smoke.judge(smoke.launch(seen.num_ranks), machine.link_gb_per_s(names))
+    num_nodes = max(needs.num_nodes, environment.allocation().num_nodes)
+    return [*findings, _elsewhere(num_nodes)] if num_nodes > 1 else findings
+
+
+def _look_over_ssh(request: Request, run: RunConfig | None, at: Callable[[str], None]) -> list[Finding]:
+    assert request.hostfile is not None
+    hosts = choose_hosts(
+        read_hostfile(request.hostfile), request.hostfile, nodes=request.nodes, per_node=request.ranks_per_node
     )
-    yield from _system(needs, root, job, ranks_here, at, backend="nccl" if computer.devices else "gloo")
-    if "torch" in installed.versions:
-        tried = min(tried, len(computer.devices) or tried)
-        at(f"collectives of {tried} ranks")
-        yield from smoke.judge(smoke.launch(tried), _link(computer))
-    if needs.num_nodes > 1:
-        yield _elsewhere(needs.num_nodes)
-
-
-def _system(
-    needs: Needs, root: Path, job: Allocation, num_ranks: int, at: Callable[[str], None], *, backend: str
-) -> Iterator[Finding]:
-    """Network, disk, limits and clocks."""
-    at("the network")
-    connected = interfaces.collect(environment.network_settings(), job.hosts)
-    yield from network.check(connected, backend=backend, num_nodes=needs.num_nodes)
-    at("the disk")
-    yield from disk.check(file_system.collect(root), needs, job.seconds_left)
-    at("limits and clocks")
-    yield from limits.check(
-        limits.collect(),
-        backend=backend,
-        num_ranks=num_ranks,
-        world=max(needs.world, num_ranks),
-        host_bytes=needs.host_bytes,
-        has_infiniband=bool(connected.infiniband),
+    names = tuple(host.name for host in hosts)
+    site = Site(
+        names=names,
+        hosts=names,
+        commands_for=lambda shared: ssh_commands(request.profile, hosts, Path.cwd()),
+        address_of=lambda name: name,
+        port=any_port(),
+        wait_seconds=request.profile.ssh.connect_timeout,
     )
-    yield from clocks.check(clocks.collect(), needs.num_nodes)
+    per_node = hosts[0].slots
+    return look_together(site, _needs(request, run, per_node, len(hosts)), request.root, per_node, at)
 
 
-def _link(computer: Machine) -> float | None:
-    """NVLink's bandwidth between the GPUs here, of those that have figures and are no plain PCIe cards."""
-    name = computer.devices[0].name if computer.devices else "PCIe"
-    return next((gpu.link_gb_per_s for gpu in GPUS.values() if "PCIe" not in name and machine.is_kind(name, gpu)), None)
+def _look_in_slurm(request: Request, run: RunConfig | None, at: Callable[[str], None]) -> list[Finding]:
+    if shutil.which("srun") is None:
+        raise ConfigError(
+            "there is no srun on this machine; --on slurm reaches nodes through it; go where jobs are submitted, or "
+            "use --on ssh."
+        )
+    job, per_node = environment.allocation(), request.ranks_per_node
+    wanted = request.nodes or (job.num_nodes if job.job else None)
+    if wanted is None and run is None:
+        raise ConfigError(
+            "--on slurm does not know how many nodes; there is no allocation around this command and no recipe; give "
+            "--nodes."
+        )
+    if job.job and wanted is not None and wanted > job.num_nodes:
+        raise ConfigError(
+            f"--nodes {wanted}, but job {job.job} has {job.num_nodes}; inside an allocation its nodes are looked at; "
+            "lower --nodes, or leave the allocation."
+        )
+    needs = _needs(request, run, per_node, wanted or 1)
+    num_nodes = wanted or needs.num_nodes
+    gpus = (per_node or needs.ranks_per_node) if needs.gpu else 0
+    # Of a part of the nodes it is not known which ones they will be.
+    known = job.hosts if len(job.hosts) == num_nodes else tuple(f"node {number}" for number in range(num_nodes))
+    site = Site(
+        names=known,
+        hosts=(),
+        commands_for=lambda shared: [
+            srun_command(request.profile, num_nodes, gpus, Path.cwd(), shared, in_job=bool(job.job))
+        ],
+        address_of=environment.node_address,
+        port=any_port(),
+        wait_seconds=0.0,
+    )
+    return look_together(site, needs, request.root, per_node, at)
+
+
+def _needs(request: Request, run: RunConfig | None, per_node: int | None, nodes: int) -> Needs:
+    """What the run wants of so many nodes at the least."""
+    needs = needs_of(run, request.root, per_node, nodes) if run else Needs()
+    return replace(needs, num_nodes=max(needs.num_nodes, nodes))
 
 
 def _elsewhere(num_nodes: int) -> Finding:
@@ -139,6 +190,5 @@ def _elsewhere(num_nodes: int) -> Finding:
         level=NOTE,
         what=f"this machine alone was looked at, of {num_nodes}",
         rule="collectives between machines and the clocks of the others were not tried",
-        remedy="run mempar doctor on each (srun --ntasks-per-node=1 mempar doctor --json), and the ranks of the smoke "
-        "test on all: torchrun ... -m mempar.tools.doctor.smoke_rank --reports DIR",
+        remedy="run mempar doctor --on slurm in the allocation, or --on ssh --hostfile FILE",
     )

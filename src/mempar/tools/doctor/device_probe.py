@@ -8,6 +8,8 @@ import json
 import warnings
 from typing import Any
 
+from mempar.runtime.launch.parent import die_with
+
 
 def probe() -> dict[str, Any]:
     """Return `problem`, why CUDA cannot be used (empty if it can), and `devices`."""
@@ -31,4 +33,5 @@ def probe() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    die_with(0)
     print(json.dumps(probe()))

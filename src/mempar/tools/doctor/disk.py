@@ -12,15 +12,16 @@ _LIMIT_SHARE, _LIMIT_MOST, _INTERVAL_SHARE = 0.05, 0.5, 0.1
 _LEAST_FREE_BYTES = 10 << 30
 
 
-def check(disk: FileSystem, needs: Needs, scheduler_seconds: float | None) -> list[Finding]:
+def check(disk: FileSystem, needs: Needs, scheduler_seconds: float | None, *, is_shared: bool = False) -> list[Finding]:
     """Judge it.
 
     Args:
         disk: what is there.
         needs: what the recipe wants; no recipe is one that wants nothing known.
         scheduler_seconds: left of the job's time limit; None for none.
+        is_shared: whether this machine was seen to share it with the others, whatever its kind.
     """
-    findings = [_kind(disk, needs.num_nodes), _room(disk, needs), *_files(disk, needs)]
+    findings = [_kind(disk, 1 if is_shared else needs.num_nodes), _room(disk, needs), *_files(disk, needs)]
     if disk.problem:
         return [*findings, _not_writable(disk)]
     return [*findings, _locks(disk), *_rate(disk, needs, scheduler_seconds)]

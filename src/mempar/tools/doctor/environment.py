@@ -4,6 +4,7 @@ Nothing here imports torch.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -58,6 +59,14 @@ class RankPlace:
     world: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodePlace:
+    """Which node of several this one is: its number, and its name."""
+
+    node_rank: int
+    name: str
+
+
 def allocation() -> Allocation:
     """The job around this process."""
     job, nodes = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_JOB_NUM_NODES", "1")
@@ -89,6 +98,21 @@ def rank_place() -> RankPlace:
     numbers = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0))}
     world = int(os.environ.get("WORLD_SIZE", "1"))
     return RankPlace(rank=numbers["RANK"], local_rank=numbers["LOCAL_RANK"], world=world)
+
+
+def node_place() -> NodePlace:
+    """Which of a job's nodes this one is; the only one outside a job."""
+    number = os.environ.get("SLURM_NODEID", "")
+    return NodePlace(
+        node_rank=int(number) if number.isdigit() else 0,
+        name=os.environ.get("SLURMD_NODENAME", "") or os.uname().nodename,
+    )
+
+
+def node_address(name: str) -> str:
+    """Where the scheduler reaches a node; its name where it does not say."""
+    found = re.search(r"\bNodeAddr=(\S+)", _output("scontrol", "show", "node", "--oneliner", name))
+    return found.group(1) if found else name
 
 
 def parse_days(text: str) -> float | None:

@@ -1,9 +1,11 @@
 """What doctor says: one finding a check, in three parts like every message, and how bad it is."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 OK, NOTE, WARNING, ERROR = LEVELS = ("ok", "note", "warning", "error")
+_MOST_NAMES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +19,7 @@ class Finding:
         rule: what should be, and why; empty where all is well.
         remedy: what to do; empty where all is well.
         values: the numbers in `what`, for programs.
+        nodes: names of those it is about; empty for all that were looked at.
     """
 
     check: str
@@ -25,6 +28,7 @@ class Finding:
     rule: str = ""
     remedy: str = ""
     values: dict[str, Any] = field(default_factory=dict)
+    nodes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Hold findings to their three parts."""
@@ -56,6 +60,12 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def named(names: Sequence[str]) -> str:
+    """Some names, and how many more there are."""
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def counted(count: int, what: str) -> str:

@@ -5,10 +5,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mempar.runtime.hardware import Gpu
+from mempar.runtime.hardware import GPUS, Gpu
 
 _PROBE = "mempar.tools.doctor.device_probe"
 # A healthy driver answers in seconds; without persistence mode eight GPUs take half a minute.
@@ -59,6 +60,12 @@ class Machine:
 def is_kind(name: str, gpu: Gpu) -> bool:
     """Whether a device's name is that of a kind of GPU: `NVIDIA A100-SXM4-80GB` is an A100, a GH200 is no H200."""
     return re.search(rf"\b{re.escape(gpu.label)}\b", name) is not None
+
+
+def link_gb_per_s(devices: Sequence[str]) -> float | None:
+    """NVLink's bandwidth between GPUs of one machine, by their names; None for what has no figures or is no NVLink."""
+    name = devices[0] if devices else "PCIe"
+    return next((gpu.link_gb_per_s for gpu in GPUS.values() if "PCIe" not in name and is_kind(name, gpu)), None)
 
 
 def collect(cuda: str) -> Machine:

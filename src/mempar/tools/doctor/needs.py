@@ -70,20 +70,21 @@ class Needs:
         return share if self.asynchronous else 0.0
 
 
-def needs_of(run: RunConfig, root: Path, ranks_per_node: int | None) -> Needs:
+def needs_of(run: RunConfig, root: Path, ranks_per_node: int | None, nodes: int = 1) -> Needs:
     """What a recipe wants.
 
     Args:
         run: the recipe.
         root: directory of the run; what was measured there counts.
         ranks_per_node: as the user gives it; by default those of the GPU's usual machine, or all on one.
+        nodes: that there are for it at the least.
 
     Raises:
         ConfigError: when it cannot be laid out on the ranks that it is for.
     """
     world, gpu = run.num_gpus, run.hardware.kind
     if ranks_per_node is not None and not run.hardware.gpus:
-        world = max(world, ranks_per_node)
+        world = max(world, ranks_per_node * nodes)
     run = resolve(run, world)
     place(run, world)
     per_node = min(world, ranks_per_node or (gpu.gpus_per_node if gpu else world))

@@ -6,7 +6,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from mempar.tools.doctor.finding import ERROR, LEVELS, NOTE, OK, WARNING, Finding
+from mempar.tools.doctor.finding import ERROR, LEVELS, NOTE, OK, WARNING, Finding, named
 
 _STYLES = {OK: "green", NOTE: "cyan", WARNING: "yellow", ERROR: "bold red"}
 
@@ -27,9 +27,10 @@ def show(findings: list[Finding], console: Console) -> None:
 
 
 def _text(finding: Finding) -> Text:
-    text = Text(finding.what)
+    text = Text(f"{named(finding.nodes)}: " if finding.nodes else "", style="bold")
+    text.append(finding.what, style="not bold")
     if finding.rule:
-        text.append(f": {finding.rule}", style="dim")
+        text.append(f": {finding.rule}", style="not bold dim")
     if finding.remedy:
         text.append(f"\n-> {finding.remedy}", style=_STYLES[finding.level].removeprefix("bold "))
     return text
@@ -43,6 +44,6 @@ def _summary(findings: list[Finding]) -> Text:
             text.append(", " if text else "")
             plural = "s" if counts[level] > 1 and level != OK else ""
             text.append(f"{counts[level]} {level}{plural}", style=_STYLES[level])
-    bad = [finding.check for finding in findings if finding.level == ERROR]
+    bad = dict.fromkeys(finding.check for finding in findings if finding.level == ERROR)
     text.append(f"; mend first: {', '.join(bad)}" if bad else "")
     return text

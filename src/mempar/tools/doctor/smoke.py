@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mempar.tools.doctor import clocks
@@ -19,10 +20,10 @@ from mempar.tools.doctor.smoke_rank import STAGES, Report, lingering, read_repor
 _WORKER = "mempar.tools.doctor.smoke_rank"
 _CHECK = "smoke.collectives"
 # What ranks get to import torch, from a cold disk; and to wait for each other from then on.
-_START_SECONDS, _PATIENCE_SECONDS = 180.0, 60.0
+START_SECONDS, PATIENCE_SECONDS = 180.0, 60.0
 # For the others to say how they fail, when one has failed.
 _GRACE_SECONDS = 2.0
-_POLL_SECONDS = 0.1
+_POLL_SECONDS, _POLL_REPORT_SECONDS = 0.1, 2e-3
 # Of NVLink's bandwidth: below it, traffic goes another way.
 _LINK_SHARE = 0.15
 _OF_COLLECTIVES = re.compile(r"gloo|nccl|connection|timed? ?out|broken pipe|socket", re.IGNORECASE)
@@ -41,6 +42,7 @@ class Outcome:
         reports: of those that said anything.
         status: of the agent; None if it was killed for taking too long, or for waiting for ranks that hang.
         output: what was printed.
+        ended: exit statuses of ranks that failed, as far as torchrun's agents say.
         seconds: that it took.
     """
 
@@ -48,14 +50,15 @@ class Outcome:
     reports: list[Report]
     status: int | None
     output: str = ""
+    ended: dict[int, int] = field(default_factory=dict)
     seconds: float = 0.0
 
 
 def launch(
     num_ranks: int,
     *,
-    patience: float = _PATIENCE_SECONDS,
-    start_seconds: float = _START_SECONDS,
+    patience: float = PATIENCE_SECONDS,
+    start_seconds: float = START_SECONDS,
     worker: str = _WORKER,
 ) -> Outcome:
     """Try collectives on some ranks of this machine; must be called in the main thread.
@@ -78,29 +81,44 @@ def launch(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
             try:
-                status = _wait(agent, directory, began + start_seconds + patience, lingering(patience))
+                wait(lambda: agent.poll() is not None, directory, began + start_seconds + patience, patience)
+                status = agent.poll()
             finally:
                 agent.kill()
                 agent.wait()
+        said = log.read_text(errors="replace")
         return Outcome(
             num_ranks=num_ranks,
             reports=read_reports(directory),
             status=status,
-            output=log.read_text(errors="replace"),
+            output=said,
+            ended=ended_in(said),
             seconds=time.monotonic() - began,
         )
 
 
-def _wait(agent: subprocess.Popen, directory: Path, deadline: float, suspect_seconds: float) -> int | None:
-    """Wait for the agent, but not where it waits in vain: it gives ranks that hang half a minute."""
-    while (status := agent.poll()) is None and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
+def ended_in(output: str) -> dict[int, int]:
+    """Exit statuses of the ranks that failed, by torchrun's summary."""
+    return {int(found.group(1)): int(found.group(2)) for found in _ENDED.finditer(output)}
+
+
+def wait(has_ended: Callable[[], bool], directory: Path, deadline: float, patience: float) -> None:
+    """Wait until all is over, but not for ranks that hang: their agents give them half a minute.
+
+    Args:
+        has_ended: whether it is.
+        directory: of reports.
+        deadline: by the monotonic clock.
+        patience: seconds that ranks wait for each other.
+    """
+    while not has_ended() and time.monotonic() < deadline:
         reports = read_reports(directory)
+        # A file server is not to be kept busy by those of a thousand ranks.
+        time.sleep(_POLL_SECONDS + _POLL_REPORT_SECONDS * len(reports))
         if any(report.error for report in reports):
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         elif any(report.waited for report in reports):
-            deadline = min(deadline, time.monotonic() + suspect_seconds)
-    return status
+            deadline = min(deadline, time.monotonic() + lingering(patience))
 
 
 def judge(outcome: Outcome, link_gb_per_s: float | None = None) -> list[Finding]:
@@ -134,8 +152,7 @@ def judge(outcome: Outcome, link_gb_per_s: float | None = None) -> list[Finding]
 def _died(outcome: Outcome) -> Finding | None:
     """The rank that ended without a word, if one did; those that the agent ended did not die by themselves."""
     silent = {report.rank: report for report in outcome.reports if not report.error and not report.waited}
-    for found in _ENDED.finditer(outcome.output):
-        rank, status = int(found.group(1)), int(found.group(2))
+    for rank, status in outcome.ended.items():
         if status != _TOLD_TO_END and rank in silent:
             return _crashed(silent[rank], status)
     return None

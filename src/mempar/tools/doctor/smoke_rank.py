@@ -81,16 +81,17 @@ class Report:
 class Rank:
     """One rank on its way through the stages."""
 
-    def __init__(self, place: RankPlace, directory: Path, patience: float) -> None:
+    def __init__(self, place: RankPlace, directory: Path, patience: float, node: str = "") -> None:
         """Describe it, and say that it is there.
 
         Args:
             place: which one it is.
             directory: for reports.
             patience: seconds that it waits for others, in all.
+            node: name of where it runs; its host's own unless given.
         """
         self.place, self.patience = place, patience
-        self.report = Report(rank=place.rank, world=place.world, host=socket.gethostname())
+        self.report = Report(rank=place.rank, world=place.world, host=node or socket.gethostname())
         self._path = directory / f"rank_{place.rank:05d}.json"
         self._lock = threading.Lock()
         self._say()
@@ -261,10 +262,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="mempar.tools.doctor.smoke_rank")
     parser.add_argument("--reports", type=Path, required=True, help="directory for reports, shared by all ranks")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for other ranks, in all")
+    parser.add_argument("--node", default="", help="name of this node; the host's own unless given")
+    parser.add_argument("--launcher", type=int, default=0, help="process on this machine to die with")
     given = parser.parse_args()
-    die_with(0)
+    die_with(given.launcher)
     warnings.simplefilter("ignore")
-    rank = Rank(rank_place(), given.reports, given.patience)
+    rank = Rank(rank_place(), given.reports, given.patience, given.node)
     try:
         rank.run()
     except Exception as error:

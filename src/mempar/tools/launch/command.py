@@ -4,7 +4,6 @@ A dry run takes the same way up to the point where something would be written.
 """
 
 import os
-import secrets
 import shlex
 import shutil
 import sys
@@ -31,6 +30,7 @@ from mempar.tools.estimate_table import estimate_table
 from mempar.tools.launch import slurm
 from mempar.tools.launch.hostfile import Host, choose_hosts, read_hostfile
 from mempar.tools.launch.nodes_wanted import nodes_wanted
+from mempar.tools.launch.places import any_port, check_place
 from mempar.tools.launch.profile import LaunchProfile
 from mempar.tools.launch.provenance import save, take
 from mempar.tools.launch.reach import check_reachable
@@ -38,9 +38,6 @@ from mempar.tools.launch.restarts import with_restarts
 from mempar.tools.launch.ssh import SshLaunch, commands, run_over_ssh, ssh_command
 from mempar.tools.run_start import find_checkpoint, root_of, with_data
 
-PLACES = ("local", "ssh", "slurm")
-# Below the ports that Linux gives to whoever asks for any, and above those of most services; see slurm.py.
-_FIRST_PORT, _NUM_PORTS = 10000, 20000
 _SCRIPT = "job.sbatch"
 
 
@@ -80,13 +77,7 @@ class Request:
 
     def __post_init__(self) -> None:
         """Check options against each other."""
-        if self.place not in PLACES:
-            raise ConfigError(
-                f"--on {self.place} is no place to run; it is one of {', '.join(PLACES)}; use one of these."
-            )
-        if (self.hostfile is None) == (self.place == "ssh"):
-            what = "needs --hostfile, which names the hosts" if self.place == "ssh" else "takes no --hostfile"
-            raise ConfigError(f"--on {self.place} {what}; only --on ssh has hosts to choose from; change one of them.")
+        check_place(self.place, self.hostfile)
         if self.max_restarts < 0:
             raise ConfigError(
                 f"--max-restarts {self.max_restarts} is negative; it is a number of restarts; use 0 or more."
@@ -238,8 +229,7 @@ def _ssh_launch(made: _Launch, number: int) -> SshLaunch:
         run_dir=made.root,
         workdir=Path.cwd(),
         profile=made.request.profile,
-        # Another one at every start, so that what is left of the one before does not stand in the way.
-        port=made.request.port or _FIRST_PORT + secrets.randbelow(_NUM_PORTS),
+        port=made.request.port or any_port(),
         attempt=f"{time.strftime('%Y%m%d-%H%M%S')}-{number}",
     )
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mempar.errors import ConfigError
+from mempar.tools.launch.places import FIRST_PORT, NUM_PORTS
 from mempar.tools.launch.profile import LaunchProfile
 from mempar.tools.launch.slurm_script import BODY
 
 AGENT = "mempar.runtime.launch.node"
-# Below the ports that Linux gives to whoever asks for any (32768 and up), and above those of most services.
-_FIRST_PORT, _NUM_PORTS = 10000, 20000
 # sbatch's variables that are not named as its options are.
 _VARIABLES = {"time": "SBATCH_TIMELIMIT", "mem": "SBATCH_MEM_PER_NODE"}
 # `module` is a function of login shells, which a batch script is not.
@@ -81,8 +80,12 @@ def render(job: SlurmJob) -> str:
         "requeue": "yes" if profile.slurm.requeue else "no",
     }
     lines += [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
-    lines += [f"port={job.port or f'$(({_FIRST_PORT} + SLURM_JOB_ID % {_NUM_PORTS}))'}"]
-    lines += [_array("srun_options", _srun_options(job)), _array("agent", _agent(job)), ""]
+    lines += [f"port={job.port or f'$(({FIRST_PORT} + SLURM_JOB_ID % {NUM_PORTS}))'}"]
+    lines += [
+        _array("srun_options", ["--label", *srun_options(profile, job.num_nodes, job.run_dir)]),
+        _array("agent", _agent(job)),
+        "",
+    ]
     site = [_MODULE, f"module load {shlex.join(profile.modules)}"] if profile.modules else []
     site += profile.setup
     # What sites provide reads variables that may not be set.
@@ -94,11 +97,27 @@ def render(job: SlurmJob) -> str:
 def options(job: SlurmJob) -> list[str]:
     """Options of sbatch, as they stand in the script."""
     slurm = job.profile.slurm
-    mem = slurm.mem or ("0" if slurm.exclusive else "")
-    gpus = str(job.gpus_per_node) if job.gpus_per_node else ""
     texts = {
         "job-name": job.name,
-        "nodes": str(job.num_nodes),
+        **allocation_options(job.profile, job.num_nodes, job.gpus_per_node),
+        "chdir": job.profile.workdir or str(job.workdir),
+        # A percent sign begins a pattern.
+        "output": f"{str(job.run_dir).replace('%', '%%')}/launch/slurm-%j.out",
+        "open-mode": "append",
+        "signal": f"B:USR1@{slurm.signal_seconds}",
+    }
+    # sbatch reads quotes in a script's lines as a shell does.
+    written = [f"--{name}={shlex.quote(value)}" for name, value in texts.items() if value]
+    written += ["--exclusive"] if slurm.exclusive else []
+    return [*written, "--requeue" if slurm.requeue else "--no-requeue", *slurm.extra]
+
+
+def allocation_options(profile: LaunchProfile, num_nodes: int, gpus_per_node: int) -> dict[str, str]:
+    """Options that say which nodes are wanted, by name, as sbatch and srun take them; empty ones are not given."""
+    slurm = profile.slurm
+    gpus = str(gpus_per_node) if gpus_per_node else ""
+    return {
+        "nodes": str(num_nodes),
         "ntasks-per-node": "1",
         "partition": slurm.partition,
         "account": slurm.account,
@@ -111,17 +130,8 @@ def options(job: SlurmJob) -> list[str]:
         "gres": f"gpu:{gpus}" if gpus and slurm.gpu_option == "gres" else "",
         "gpus-per-node": gpus if slurm.gpu_option == "gpus-per-node" else "",
         "cpus-per-task": str(slurm.cpus_per_task or ""),
-        "mem": mem,
-        "chdir": job.profile.workdir or str(job.workdir),
-        # A percent sign begins a pattern.
-        "output": f"{str(job.run_dir).replace('%', '%%')}/launch/slurm-%j.out",
-        "open-mode": "append",
-        "signal": f"B:USR1@{slurm.signal_seconds}",
+        "mem": slurm.mem or ("0" if slurm.exclusive else ""),
     }
-    # sbatch reads quotes in a script's lines as a shell does.
-    written = [f"--{name}={shlex.quote(value)}" for name, value in texts.items() if value]
-    written += ["--exclusive"] if slurm.exclusive else []
-    return [*written, "--requeue" if slurm.requeue else "--no-requeue", *slurm.extra]
 
 
 def submit(script: Path, environ: Mapping[str, str]) -> str:
@@ -161,14 +171,20 @@ def submit(script: Path, environ: Mapping[str, str]) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def _srun_options(job: SlurmJob) -> list[str]:
-    slurm = job.profile.slurm
+def srun_options(profile: LaunchProfile, num_nodes: int, shared: Path) -> list[str]:
+    """Options of srun for one task a node.
+
+    Args:
+        profile: of the cluster, with flags.
+        num_nodes: of the allocation.
+        shared: directory that a container is to see.
+    """
+    slurm = profile.slurm
     given = [
-        f"--nodes={job.num_nodes}",
-        f"--ntasks={job.num_nodes}",
+        f"--nodes={num_nodes}",
+        f"--ntasks={num_nodes}",
         "--ntasks-per-node=1",
         "--export=ALL",
-        "--label",
         # The agent's ranks use all of the node's CPUs, and talk to one another without MPI.
         "--cpu-bind=none",
         "--mpi=none",
@@ -177,7 +193,7 @@ def _srun_options(job: SlurmJob) -> list[str]:
         "--wait=0",
     ]
     if slurm.container_image:
-        mounts = [*slurm.container_mounts, f"{job.run_dir}:{job.run_dir}"]
+        mounts = [*slurm.container_mounts, f"{shared}:{shared}"]
         given += [f"--container-image={slurm.container_image}", f"--container-mounts={','.join(mounts)}"]
         given += [f"--container-workdir={slurm.container_workdir}"] if slurm.container_workdir else []
     return given

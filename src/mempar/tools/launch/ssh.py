@@ -4,10 +4,7 @@ The launcher writes beats and signals to the agents, shows what they write with 
 all when one is lost: the others get a while to end by themselves, since they know why they fail.
 """
 
-import contextlib
 import shlex
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +13,9 @@ from pathlib import Path
 from mempar.errors import ConfigError, MemparError
 from mempar.runtime.launch import words
 from mempar.runtime.launch.stopping import heed_signals
+from mempar.tools.launch.connection import Connection
 from mempar.tools.launch.hostfile import Host
+from mempar.tools.launch.node_shell import in_shell
 from mempar.tools.launch.profile import LaunchProfile
 
 # What agents get to end by themselves when one host failed: longer than they take to find out why; and when one refused
@@ -109,14 +108,7 @@ def _remote(launch: SshLaunch, rank: int) -> str:
     agent += ["--nodes", str(len(launch.hosts)), "--nproc", str(head.slots), "--node-rank", str(rank)]
     agent += ["--node", launch.hosts[rank].name, "--rendezvous", f"{head.name}:{launch.port}"]
     agent += ["--attempt", launch.attempt, "--patience", str(profile.rendezvous_seconds), "--stdin"]
-    steps = [f"module load {shlex.join(profile.modules)}"] if profile.modules else []
-    # A comment, or an `||`, is of its own line alone.
-    steps += [f"eval {shlex.quote(line)}" for line in profile.setup]
-    steps += [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
-    steps += [f"cd {shlex.quote(profile.workdir or str(launch.workdir))}", f"exec {shlex.join(agent)}"]
-    # `module` is a function of login shells.
-    shell = "bash -l -c" if profile.modules else "sh -c"
-    return f"exec {shell} {shlex.quote(' && '.join(steps))}"
+    return f"exec {shlex.join(in_shell(profile, launch.workdir, agent))}"
 
 
 class _Agent:
@@ -127,18 +119,13 @@ class _Agent:
         self.error: MemparError | None = None
         self.was_told_to_end, self._verdict_at = False, 0.0
         self.last_line = ""
-        pipe = subprocess.PIPE
-        # A session of its own: ^C reaches the launcher alone, which passes it on.
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True, bufsize=0
-        )
-        self._reader = threading.Thread(target=self._read, name=f"reader {host}", daemon=True)
-        self._reader.start()
+        self._connection = Connection(command, self._hear)
+        self.tell, self.close = self._connection.tell, self._connection.close
 
     @property
     def status(self) -> int | None:
         """Of the connection; None while it lasts."""
-        return self.process.poll()
+        return self._connection.status
 
     @property
     def has_ended(self) -> bool:
@@ -156,41 +143,22 @@ class _Agent:
         """Whether it ended, or will, but not well; an agent that ends well says so, which may still be on its way."""
         if self.has_verdict:
             return self.error is not None
-        return bool(self.status) or (self.status == 0 and not self._reader.is_alive())
+        return bool(self.status) or (self.status == 0 and self._connection.is_heard)
 
     @property
     def has_refused(self) -> bool:
         """Whether it says that the input is bad."""
         return self.error is not None and self.error.exit_status == ConfigError.exit_status
 
-    def tell(self, word: str) -> None:
-        """Say a word; who is gone does not hear it."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError, ValueError):
-            self.process.stdin.write(f"{word}\n".encode())
-
-    def close(self) -> None:
-        """End the connection; the agent ends with it."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        self._reader.join(timeout=_LEAVE_SECONDS)
-        self.process.stdout.close()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for raw in iter(self.process.stdout.readline, b""):
-            line = raw.decode(errors="replace").rstrip("\r\n")
-            is_verdict, error = words.hear_verdict(line)
-            if is_verdict:
-                self.error, self._verdict_at = error, time.monotonic()
-            elif line:
-                self.last_line = line
-                # Whether or not anybody still takes it: an agent that cannot write does not go on.
-                with contextlib.suppress(OSError):
-                    self._say(f"[{self.host}] {line}")
+    def _hear(self, line: str) -> None:
+        is_verdict, error = words.hear_verdict(line)
+        if is_verdict:
+            self.error, self._verdict_at = error, time.monotonic()
+        elif line:
+            self.last_line = line
+            # Whether or not anybody still takes it: an agent that cannot write does not go on.
+            with contextlib.suppress(OSError):
+                self._say(f"[{self.host}] {line}")
 
 
 class _Watch:
