@@ -4,6 +4,7 @@ The launcher writes beats and signals to the agents, shows what they write with 
 all when one is lost: the others get a while to end by themselves, since they know why they fail.
 """
 
+import contextlib
 import shlex
 import time
 from collections.abc import Callable, Sequence
