@@ -110,7 +110,7 @@ def test_dry_run_shows_the_batch_script_and_writes_nothing(
     said: list[str] = []
     root = launch(a_request("slurm", tmp_path / "run", LARGE, dry_run=True), said.append)
     shown = "\n".join(said)
-    assert "#SBATCH --nodes=8" in shown and "--nproc 8" in shown and str(root) in shown
+    assert "#SBATCH --nodes=8" in shown and "--nproc\n  8" in shown and str(root) in shown
     assert "memory of a rank" in shown and "GPU" in shown
     assert list(tmp_path.iterdir()) == []
 

@@ -22,7 +22,7 @@ from unittest.mock import ANY
 import psutil
 import pytest
 
-from mempar.errors import ConfigError, DamagedError, MemparError
+from mempar.errors import ConfigError, DamagedError, MemparError, UnreadableError
 from mempar.runtime.config import RunConfig
 from mempar.runtime.launch import going_on, node_ends, nodes, words
 from mempar.runtime.launch.endings import RankEnd, RanksFailedError
@@ -440,6 +440,23 @@ def test_damaged_checkpoint_is_passed_over_and_keeps_a_note(tmp_path: Path, monk
     # There is nothing before the first one, and one of another run is not for this one to pass over.
     assert going_on.pass_over(paths.checkpoint(10), paths, found, writes=True) is found
     assert going_on.pass_over(tmp_path / "elsewhere", paths, found, writes=True) is found
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = RunDir(tmp_path)
+    for step in (10, 20):
+        (paths.checkpoint(step)).mkdir(parents=True)
+        (paths.checkpoint(step) / "manifest.json").touch()
+
+    def open_it(path: Path, run: RunConfig) -> Path:
+        assert path.name.endswith("20")
+        raise UnreadableError("it cannot be read (Input/output error).")
+
+    monkeypatch.setattr(going_on, "open_checkpoint", open_it)
+    with pytest.raises(UnreadableError, match="Input/output error"):
+        going_on.starting_point(paths, RunConfig(), print)
 
 
 def test_a_run_without_checkpoints_starts_from_where_it_was_to(tmp_path: Path) -> None:
