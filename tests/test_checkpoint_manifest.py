@@ -1,5 +1,6 @@
 """manifest.json: sealed, complete, and nothing that it says leads out of its directory (laws 6 and 7)."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mempar.errors import CheckpointError
+from mempar.errors import CheckpointError, DamagedError, UnreadableError
 from mempar.runtime.checkpoint.boxes import Box
 from mempar.runtime.checkpoint.manifest import (
     WEIGHTS,
@@ -176,3 +177,28 @@ def test_manifests_that_are_no_plain_files_are_not_read(written: Manifest) -> No
 def write_hole(path: Path, num_bytes: int) -> None:
     with path.open("wb") as file:
         file.truncate(num_bytes)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "two"])
+@pytest.mark.parametrize(
+    ("number", "expected"), [(errno.EIO, UnreadableError), (errno.EACCES, UnreadableError), (errno.ENOENT, None)]
+)
+def test_what_may_be_read_another_time_is_not_called_damaged(
+    written: Manifest, monkeypatch: pytest.MonkeyPatch, name: str, number: int, expected: type[CheckpointError] | None
+) -> None:
+    """A run goes on from an older checkpoint where one is damaged: not where a disk or a network has hiccups."""
+    stat = Path.lstat if name == "manifest.json" else Path.stat
+
+    def fail(path: Path, **given: Any) -> os.stat_result:
+        # `is_symlink` asks first.
+        if path.name == name and given.get("follow_symlinks", True):
+            raise OSError(number, os.strerror(number))
+        return stat(path, **given)
+
+    monkeypatch.setattr(Path, stat.__name__, fail)
+    with pytest.raises(CheckpointError) as told:
+        read_manifest(written.root)
+    assert isinstance(told.value, UnreadableError) == (expected is UnreadableError)
+    if expected is UnreadableError:
+        assert not isinstance(told.value, DamagedError) and told.value.exit_status == 1
+        assert "try again" in str(told.value)

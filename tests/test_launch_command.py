@@ -1,5 +1,6 @@
 """`mempar launch` up to the point where nodes start, and on this machine; tests/cluster has ssh and SLURM."""
 
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from mempar.errors import ConfigError, DamagedError, MemparError
 from mempar.recipes import find_recipe
 from mempar.runtime.launch import words
 from mempar.runtime.overrides import load_yaml, override
+from mempar.runtime.run_dir import RunDir
 from mempar.tools.launch import command, restarts
 from mempar.tools.launch.command import Request, launch
 from mempar.tools.launch.hostfile import Host
@@ -110,7 +112,7 @@ def test_dry_run_shows_the_batch_script_and_writes_nothing(
     said: list[str] = []
     root = launch(a_request("slurm", tmp_path / "run", LARGE, dry_run=True), said.append)
     shown = "\n".join(said)
-    assert "#SBATCH --nodes=8" in shown and "--nproc 8" in shown and str(root) in shown
+    assert "#SBATCH --nodes=8" in shown and "--nproc\n  8" in shown and str(root) in shown
     assert "memory of a rank" in shown and "GPU" in shown
     assert list(tmp_path.iterdir()) == []
 
@@ -176,6 +178,22 @@ def test_job_is_written_before_it_is_submitted(ready: None, tmp_path: Path, monk
     stub(tmp_path / "bin", "sbatch", 'echo "sbatch: error: invalid partition specified: x" >&2; exit 1')
     with pytest.raises(ConfigError, match=r"invalid partition.*launch again with --resume --out"):
         launch(a_request("slurm", root, assignments=("parallel.mp=2",), nodes=2, resume=True), print)
+
+
+def test_run_whose_start_cannot_be_written_is_none_to_continue(
+    ready: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else --resume would begin it from nothing, where it was to start from a checkpoint."""
+
+    def fail(paths: RunDir, load: Path | None) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(command, "record_start", fail)
+    with pytest.raises(ConfigError, match="No space left"):
+        launch(a_request("local", tmp_path / "run"), print)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="is not an empty directory"):
+        launch(a_request("local", tmp_path / "run", resume=True), print)
 
 
 def test_run_on_this_machine_is_started_again_after_a_failure(

@@ -3,6 +3,7 @@
 Here nodes are agents side by side on this machine, and their ranks fakes (fake_rank.py); tests/cluster has real nodes.
 """
 
+import ctypes
 import io
 import json
 import os
@@ -15,16 +16,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import ANY
 
 import psutil
 import pytest
 
-from mempar.errors import ConfigError, DamagedError, MemparError
+from mempar.errors import ConfigError, DamagedError, MemparError, UnreadableError
 from mempar.runtime.config import RunConfig
 from mempar.runtime.launch import going_on, node_ends, nodes, words
-from mempar.runtime.launch.endings import RankEnd
+from mempar.runtime.launch.endings import RankEnd, RanksFailedError
 from mempar.runtime.launch.heartbeat import Heartbeat, Phase, Sign, read_signs
+from mempar.runtime.launch.lock import RunLock, share_lock
 from mempar.runtime.launch.node import main
 from mempar.runtime.launch.nodes import Node, gather, reaching_interface
 from mempar.runtime.launch.supervisor import Supervisor
@@ -148,6 +151,52 @@ def test_refusal_of_a_rank_is_bad_input_for_all(launch: Callable[..., Launch]) -
     head, _ = started.ends()
     assert head[0] == 2
     assert str(head[2]) == "model.hidden_size=7 is odd; it must be even; use 8."
+
+
+def test_scheduler_that_ends_all_for_one_does_not_hide_why(launch: Callable[..., Launch]) -> None:
+    started = launch("start for ever", "leave")
+    started.start()
+    # As srun does: the others are told to end, here before they have begun.
+    assert started.agents[1].wait(timeout=60) == 1
+    started.say("SIGTERM")
+    head, _ = started.ends()
+    assert head[0] == 1
+    assert "rank 1 on node-1 ended with status 7" in str(head[2])
+
+
+class Beats:
+    """Beats that come over a network, each a moment after the wait for it, until somebody stops them."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+
+    def __iter__(self) -> Iterator[str]:
+        while not self.stopped.is_set():
+            time.sleep(0.1)
+            time.sleep(0.3)
+            yield "beat\n"
+        self.stopped.clear()
+        while not self.stopped.is_set():
+            time.sleep(0.05)
+
+
+def test_silence_is_not_what_a_process_misses_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(words, "_NAP_SECONDS", 0.1)
+    beats: Any = Beats()
+    listener = words.Listener(beats)
+    ends: list[object] = []
+    # It ends the process otherwise.
+    monkeypatch.setattr(listener, "_end", ends.append)
+    listener.start(Supervisor(Path("/nowhere"), 2.0, Node(name="a", num_ranks=1)))
+    # As importing libraries does: nothing else of Python runs meanwhile.
+    ctypes.PyDLL(None).usleep(1_500_000)
+    time.sleep(1.0)
+    assert ends == []
+    beats.stopped.set()
+    time.sleep(2.5)
+    assert len(ends) == 1
+    beats.stopped.set()
 
 
 def test_agents_end_when_their_launcher_is_gone(launch: Callable[..., Launch]) -> None:
@@ -287,6 +336,52 @@ def test_agent_refuses_a_directory_that_it_does_not_see(
     assert "is no run's directory as seen from node gpu-17" in capsys.readouterr().err
 
 
+def test_a_nodes_own_trouble_is_said_by_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Under a scheduler, where each node's output is all that comes of it."""
+    monkeypatch.setattr("mempar.runtime.launch.node.die_with", lambda parent: None)
+    (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()))
+    given = [str(tmp_path), "--nodes", "2", "--nproc", "1", "--node-rank", "1", "--node", "b", "--attempt", "x"]
+    assert main([*given, "--rendezvous", f"127.0.0.1:{free_port()}", "--patience", "0.5"]) == 1
+    assert "node b did not reach the head node" in capsys.readouterr().err
+
+    def fail(*given: object, **more: object) -> None:
+        raise RanksFailedError("rank 0 on a was killed.")
+
+    monkeypatch.setattr("mempar.runtime.launch.node.run_node", fail)
+    assert main([*given, "--rendezvous", "a:1"]) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_signal_before_anything_is_started_ends_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("mempar.runtime.launch.node.die_with", lambda parent: None)
+    (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()))
+    ranks = share_lock(tmp_path)
+    assert ranks is not None
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    # It waits for the ranks of an earlier start.
+    assert main([str(tmp_path), "--nodes", "2", "--nproc", "1", "--attempt", "x", "--rendezvous", "a:1"]) == 0
+    assert "ended by SIGTERM before anything was started" in capsys.readouterr().out
+    timer.join()
+    ranks.close()
+
+
+def test_lock_is_waited_for_as_long_as_lost_ranks_live(tmp_path: Path) -> None:
+    ranks = share_lock(tmp_path)
+    assert ranks is not None
+    timer = threading.Timer(1.0, ranks.close)
+    timer.start()
+    with pytest.raises(ConfigError, match="in use"), RunLock(tmp_path, print, 0.1):
+        pass
+    with RunLock(tmp_path, print, 20.0):
+        assert ranks.closed
+    timer.join()
+
+
 def test_ends_of_ranks_are_read_back(tmp_path: Path) -> None:
     sign = Sign(rank=24, pid=7, host="c", step=3, phase=Phase.UPDATE, num_marks=9, time=1.25)
     end = node_ends.NodeEnd(
@@ -358,6 +453,23 @@ def test_damaged_checkpoint_is_passed_over_and_keeps_a_note(tmp_path: Path, monk
     # There is nothing before the first one, and one of another run is not for this one to pass over.
     assert going_on.pass_over(paths.checkpoint(10), paths, found, writes=True) is found
     assert going_on.pass_over(tmp_path / "elsewhere", paths, found, writes=True) is found
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = RunDir(tmp_path)
+    for step in (10, 20):
+        (paths.checkpoint(step)).mkdir(parents=True)
+        (paths.checkpoint(step) / "manifest.json").touch()
+
+    def open_it(path: Path, run: RunConfig) -> Path:
+        assert path.name.endswith("20")
+        raise UnreadableError("it cannot be read (Input/output error).")
+
+    monkeypatch.setattr(going_on, "open_checkpoint", open_it)
+    with pytest.raises(UnreadableError, match="Input/output error"):
+        going_on.starting_point(paths, RunConfig(), print)
 
 
 def test_a_run_without_checkpoints_starts_from_where_it_was_to(tmp_path: Path) -> None:

@@ -24,3 +24,9 @@ class CheckpointError(ConfigError):
 
 class DamagedError(CheckpointError):
     """A checkpoint that is not what was written: another one has to do."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that could not be read for a reason that may pass: nothing says that it is damaged."""
+
+    exit_status = 1

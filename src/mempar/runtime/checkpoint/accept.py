@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mempar.errors import CheckpointError, ConfigError
-from mempar.runtime.checkpoint.manifest import CONFIG, Manifest, checksum, damaged, read_manifest
+from mempar.runtime.checkpoint.manifest import CONFIG, Manifest, checksum, damaged, not_read, read_manifest
 from mempar.runtime.config import RunConfig
 from mempar.runtime.data.check import data_identity, identity_differences
 from mempar.runtime.overrides import load_yaml
@@ -66,7 +66,7 @@ def read_config(manifest: Manifest) -> RunConfig:
     try:
         whole = record is not None and [checksum(path.read_bytes())] == [piece.checksum for piece in record.pieces]
     except OSError as error:
-        raise damaged(path, f"it cannot be read ({error.strerror})") from None
+        raise not_read(path, error) from None
     if not whole:
         raise damaged(path, "its checksum is not that of what was written")
     try:

@@ -13,6 +13,7 @@ pieces that do not fit their files and numbers of the wrong kind are refused her
 here imports torch.
 """
 
+import errno
 import json
 import re
 import stat
@@ -23,7 +24,7 @@ from typing import Any
 
 import xxhash
 
-from mempar.errors import CheckpointError, DamagedError
+from mempar.errors import CheckpointError, DamagedError, UnreadableError
 from mempar.runtime.checkpoint.boxes import Box, check_cover
 
 MANIFEST = "manifest.json"
@@ -33,6 +34,11 @@ FORMAT = 3
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1}
 WEIGHTS, OPTIMIZER, HISTORY = "weights", "optimizer", "history"
 
+# Of a disk, a network, an account or a process short of something: the file may be as it was written.
+_PASSING = (
+    *(errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN),
+    *(errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR),
+)
 # A piece takes some 150 bytes: room for millions.
 _LARGEST_BYTES = 1 << 30
 # Counters of a run in `progress`, and those of them that every checkpoint has.
@@ -190,6 +196,8 @@ def _read_sealed(root: Path, path: Path) -> bytes:
             raise damaged(path, f"it is no plain file of at most {_LARGEST_BYTES} bytes")
         return path.read_bytes()
     except OSError as error:
+        if error.errno in _PASSING:
+            raise not_read(path, error) from None
         why = "it has no manifest.json" if not path.exists() else f"its manifest.json cannot be read ({error.strerror})"
         raise NoCheckpointError(
             f"{root} is no checkpoint: {why}; name a checkpoints/step_XXXXXXXX directory of a run."
@@ -212,7 +220,7 @@ def check_file(root: Path, record: FileRecord) -> None:
     except FileNotFoundError:
         raise damaged(path, "it is missing") from None
     except OSError as error:
-        raise damaged(path, f"it cannot be read ({error.strerror})") from None
+        raise not_read(path, error) from None
     if not stat.S_ISREG(status.st_mode):
         raise damaged(path, "it is not a plain file")
     if status.st_size != record.num_bytes:
@@ -224,6 +232,17 @@ def damaged(path: Path, why: str) -> DamagedError:
     return DamagedError(
         f"{path} is damaged: {why}; a checkpoint is used whole or not at all; use another one, with --from, or restore "
         "the file."
+    )
+
+
+def not_read(path: Path, error: OSError, what: str = "it") -> CheckpointError:
+    """What is said of a file that cannot be read: that it is damaged, unless the reason may pass."""
+    why = f"{what} cannot be read ({error.strerror})"
+    if error.errno not in _PASSING:
+        return damaged(path, why)
+    return UnreadableError(
+        f"{path}: {why}; a checkpoint is used whole, and an older one only where it is damaged; see to the disk, the "
+        "network and permissions, and try again, or move that checkpoint away to go on without it."
     )
 
 

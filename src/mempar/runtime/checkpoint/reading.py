@@ -15,7 +15,7 @@ from mempar.errors import CheckpointError
 from mempar.runtime.checkpoint import shard_file, torch_dist
 from mempar.runtime.checkpoint.block_writer import as_bytes
 from mempar.runtime.checkpoint.boxes import Box
-from mempar.runtime.checkpoint.manifest import DTYPE_BYTES, Manifest, Piece, check_file, checksum, damaged
+from mempar.runtime.checkpoint.manifest import DTYPE_BYTES, Manifest, Piece, check_file, checksum, damaged, not_read
 from mempar.runtime.checkpoint.names import stored_name
 
 # Bytes read at a time where they are only compared.
@@ -169,7 +169,7 @@ class Reader:
                 file.seek(piece.start)
                 yield file
         except OSError as error:
-            raise damaged(self._path(path), f"{_place(piece)} cannot be read ({error.strerror})") from None
+            raise not_read(self._path(path), error, _place(piece)) from None
 
     def _check_size(self, path: str, piece: Piece) -> None:
         """Refuse a piece that is longer than what it holds before there is room made for it."""

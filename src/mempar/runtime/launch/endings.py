@@ -30,6 +30,10 @@ _RULE = "a run cannot go on without one of its ranks"
 _RESUME = "continue from its last checkpoint with --resume"
 
 
+class RanksFailedError(MemparError):
+    """Ranks failed, on whichever node: all nodes know it, and one says it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """What a rank that raised says of it.
@@ -144,7 +148,7 @@ def is_own_fault(end: RankEnd, timeout: float) -> bool:
     return True
 
 
-def diagnose(ends: list[RankEnd], timeout: float, now: float) -> MemparError:
+def diagnose(ends: list[RankEnd], timeout: float, now: float) -> RanksFailedError:
     """Say in one message why a run failed.
 
     Args:
@@ -158,7 +162,7 @@ def diagnose(ends: list[RankEnd], timeout: float, now: float) -> MemparError:
         return _own_fault(min(guilty, key=lambda end: (end.status == -signal.SIGTERM, _time_of(end))))
     silent = [end for end in ends if end.killed] or [end for end in ends if end.sign is not None]
     if not silent:
-        return MemparError(f"{ends[0].name} ended with status {ends[0].status}; {_RULE}; see the output above.")
+        return RanksFailedError(f"{ends[0].name} ended with status {ends[0].status}; {_RULE}; see the output above.")
     return _hanging(min(silent, key=_progress), ends, timeout, now)
 
 
@@ -171,10 +175,10 @@ def _progress(end: RankEnd) -> tuple[bool, int, float]:
     return not end.stopped, end.sign.num_marks if end.sign else -1, end.sign.time if end.sign else 0.0
 
 
-def _own_fault(end: RankEnd) -> MemparError:
+def _own_fault(end: RankEnd) -> RanksFailedError:
     status, failure = end.status or 0, end.failure
     if failure is not None and failure.kind == "told":
-        error = MemparError(failure.text)
+        error = RanksFailedError(failure.text)
         error.exit_status = failure.status
         return error
     if failure is not None:
@@ -184,7 +188,7 @@ def _own_fault(end: RankEnd) -> MemparError:
         what = f"was killed by signal {-status} ({cause}) {end.place}"
     else:
         what, remedy = f"ended with status {status} {end.place}", "see its output above"
-    return MemparError(f"{end.name} {what}; {_RULE}; {remedy}, and {_RESUME}.")
+    return RanksFailedError(f"{end.name} {what}; {_RULE}; {remedy}, and {_RESUME}.")
 
 
 def _signal(number: int) -> tuple[str, str]:
@@ -200,7 +204,7 @@ def _signal(number: int) -> tuple[str, str]:
     return name, "find out who sent it"
 
 
-def _hanging(end: RankEnd, ends: list[RankEnd], timeout: float, now: float) -> MemparError:
+def _hanging(end: RankEnd, ends: list[RankEnd], timeout: float, now: float) -> RanksFailedError:
     # Where nobody had to be killed, the last one came after the others had given up.
     what = "is stopped (SIGSTOP)" if end.stopped else "hangs" if end.killed else "was too late for the others"
     sign = end.sign
@@ -212,7 +216,7 @@ def _hanging(end: RankEnd, ends: list[RankEnd], timeout: float, now: float) -> M
     others = f"; the others waited in a collective for train.collective_timeout={timeout:g} s" if len(ends) > 1 else ""
     limit = "" if others else f" and train.collective_timeout={timeout:g} s are the most that is waited"
     remedy = f"see where it was in {end.stack}" if end.stack else f"look at {sign.host if sign else 'its host'}"
-    return MemparError(
+    return RanksFailedError(
         f"{end.name} {what}: {seen}{others}; {_RULE}{limit}; {remedy}, raise train.collective_timeout if it was only "
         f"slow, and {_RESUME}."
     )

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mempar.errors import MemparError
-from mempar.runtime.launch.endings import BEFORE_STEPS, RankEnd, diagnose
+from mempar.runtime.launch.endings import BEFORE_STEPS, RankEnd, diagnose, is_own_fault
 from mempar.runtime.launch.heartbeat import not_writable
 from mempar.runtime.launch.nodes import Node, comes_true, gather, meeting_interface, this_host
 from mempar.runtime.launch.stopping import heed_signals
@@ -32,6 +32,8 @@ _WORKER = "mempar.runtime.launch.worker"
 _DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}
 # For which torchrun's agent puts a rank's number on its node.
 _LOCAL_RANK = "${local_rank}"
+# Exit statuses of ranks that were told to end before they could heed it.
+_ENDING = (-signal.SIGTERM, -signal.SIGINT)
 # For torchrun's agents, which begin when all nodes have come.
 _AGENT_SECONDS = 60
 
@@ -220,7 +222,9 @@ def _judge(supervisor: Supervisor, ends: list[RankEnd], timeout: float, say: Cal
     failed = [end for end in ends if end.status]
     if supervisor.interrupted:
         raise KeyboardInterrupt
-    if supervisor.stopped_early or _all_ended_early(failed):
+    # At one node's failure a scheduler tells the others to end: that is no reason of its own.
+    faulty = any(is_own_fault(end, timeout) and end.status not in _ENDING for end in ends)
+    if (supervisor.stopped_early and not faulty) or _all_ended_early(failed):
         reason = supervisor.wished or "SIGTERM"
         say(f"ended by {reason} before the first step, with nothing new to save; start it again with --resume")
     elif failed:
@@ -230,5 +234,4 @@ def _judge(supervisor: Supervisor, ends: list[RankEnd], timeout: float, say: Cal
 def _all_ended_early(failed: list[RankEnd]) -> bool:
     """Whether a signal ended ranks before they could heed it, and nothing else did; nothing was done by then."""
     by_themselves = [end for end in failed if not end.killed]
-    signals = (-signal.SIGTERM, -signal.SIGINT)
-    return bool(by_themselves) and all(end.place == BEFORE_STEPS and end.status in signals for end in by_themselves)
+    return bool(by_themselves) and all(end.place == BEFORE_STEPS and end.status in _ENDING for end in by_themselves)

@@ -30,14 +30,16 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 class RunLock:
     """The sole right to write in a run's directory, as a context."""
 
-    def __init__(self, root: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, say: Callable[[str], None], patience: float | None = None) -> None:
         """Describe it; nothing is touched yet.
 
         Args:
             root: the run's directory; made if it is absent.
             say: prints a line.
+            patience: seconds to wait for whoever has it; those that ranks need to follow their launcher unless given.
         """
         self._root, self._say = root, say
+        self._patience = _PATIENCE_SECONDS if patience is None else patience
         self._file: IO[str] | None = None
 
     def __enter__(self) -> None:
@@ -51,7 +53,7 @@ class RunLock:
             file = (self._root / LOCK_NAME).open("a+")
         except OSError as error:
             raise self._not_writable(error) from None
-        until = time.monotonic() + _PATIENCE_SECONDS
+        until = time.monotonic() + self._patience
         try:
             self._wait_for(file, until, "")
             with (self._root / RANKS_LOCK_NAME).open("a+") as ranks:

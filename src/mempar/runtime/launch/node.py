@@ -11,16 +11,22 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from mempar.errors import ConfigError, MemparError
+from mempar.runtime.launch.endings import RanksFailedError
 from mempar.runtime.launch.local import run_node
 from mempar.runtime.launch.lock import RunLock
 from mempar.runtime.launch.nodes import Node, endpoint
 from mempar.runtime.launch.parent import die_with
-from mempar.runtime.launch.words import Listener, tell
+from mempar.runtime.launch.stopping import Terminated, sigterm_raises
+from mempar.runtime.launch.words import SILENCE_SECONDS, Listener, tell
 from mempar.runtime.run_dir import RunDir
+
+# An earlier start's ranks beyond a link that was down hold the run's lock until they miss their launcher.
+_LOCK_PATIENCE_SECONDS = SILENCE_SECONDS + 15.0
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -48,9 +54,18 @@ def main(given: Sequence[str] | None = None) -> int:
     listener = Listener() if said.stdin else None
     error: MemparError | None = None
     try:
-        _run(said, listener)
+        with sigterm_raises():
+            _run(said, listener)
+    except Terminated:
+        (_say if said.node_rank == 0 else _say_nothing)("ended by SIGTERM before anything was started")
     except MemparError as failure:
         error = failure
+    except Exception as failure:
+        traceback.print_exc()
+        error = MemparError(
+            f"the agent of node {said.node_rank} failed with {type(failure).__name__}: {failure}; a run cannot go on "
+            "without one of its nodes; see its traceback in the output, and continue with --resume."
+        )
     except KeyboardInterrupt:
         error = MemparError(
             "the launcher is gone, and the ranks of this node with it." if listener and listener.is_lost else "killed."
@@ -58,9 +73,13 @@ def main(given: Sequence[str] | None = None) -> int:
         error.exit_status = 1 if listener else 130
     if listener is not None:
         tell(error)
-    elif error is not None and (said.node_rank == 0 or error.exit_status == ConfigError.exit_status):
+    elif error is not None and (said.node_rank == 0 or not _is_said_by_head(error)):
         print(f"mempar: {error}", file=sys.stderr, flush=True)
     return error.exit_status if error else 0
+
+
+def _is_said_by_head(error: MemparError) -> bool:
+    return isinstance(error, RanksFailedError) and error.exit_status != ConfigError.exit_status
 
 
 def _run(said: argparse.Namespace, listener: Listener | None) -> None:
@@ -81,7 +100,7 @@ def _run(said: argparse.Namespace, listener: Listener | None) -> None:
         rendezvous=said.rendezvous,
         attempt=said.attempt if said.nodes > 1 else "",
     )
-    with RunLock(root, _say) if node.is_head else contextlib.nullcontext():
+    with RunLock(root, _say, _LOCK_PATIENCE_SECONDS) if node.is_head else contextlib.nullcontext():
         run_node(
             root,
             node,

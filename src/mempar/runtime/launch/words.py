@@ -22,6 +22,7 @@ SIGNALS = (signal.SIGTERM.name, signal.SIGINT.name)
 BEAT_SECONDS = 2.0
 # Longer than a slow network takes, shorter than it takes somebody to start the run again.
 SILENCE_SECONDS = 30.0
+_NAP_SECONDS = 1.0
 # For ranks that were killed to be gone; what waits in native code does not hear otherwise.
 _LEAVE_SECONDS = 5.0
 _VERDICT = "@mempar-verdict "
@@ -56,8 +57,12 @@ class Listener:
         self._end(supervisor)
 
     def _watch(self, supervisor: Supervisor) -> None:
-        while time.monotonic() - self._heard < SILENCE_SECONDS:
-            time.sleep(1.0)
+        # Counted in naps: while all of this process stands still, as when it loads libraries over a network, it hears
+        # nothing, and time alone would take that for silence.
+        heard, silent = self._heard, 0.0
+        while silent < SILENCE_SECONDS:
+            time.sleep(_NAP_SECONDS)
+            heard, silent = (heard, silent + _NAP_SECONDS) if self._heard == heard else (self._heard, 0.0)
         self._end(supervisor)
 
     def _end(self, supervisor: Supervisor) -> None:

@@ -192,7 +192,7 @@ def _write(made: _Launch, load: Path | None, say: Callable[[str], None]) -> None
         paths = open_existing(made.root, made.run) if request.resume else open_new(made.root, made.run)
         try:
             if new:
-                record_start(paths, load)
+                _record_start(paths, load)
             save(origin, paths.launch)
             if request.place == "slurm":
                 replace_file(paths.launch / _SCRIPT, slurm.render(_job(made)).encode())
@@ -202,6 +202,15 @@ def _write(made: _Launch, load: Path | None, say: Callable[[str], None]) -> None
                 "or choose another --out."
             ) from None
     say(f"run directory: {made.root}")
+
+
+def _record_start(paths: RunDir, load: Path | None) -> None:
+    try:
+        record_start(paths, load)
+    except OSError:
+        # Continued without it, the run would begin from nothing.
+        paths.config.unlink()
+        raise
 
 
 def _start_here(made: _Launch, say: Callable[[str], None]) -> None:
