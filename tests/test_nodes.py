@@ -186,8 +186,8 @@ def test_silence_is_not_what_a_process_misses_that_stands_still(monkeypatch: pyt
     beats: Any = Beats()
     listener = words.Listener(beats)
     ends: list[object] = []
-    # It ends the process otherwise.
-    monkeypatch.setattr(listener, "_end", ends.append)
+    # It ends the process otherwise; for good, as its threads outlive this test.
+    listener._end = ends.append
     listener.start(Supervisor(Path("/nowhere"), 2.0, Node(name="a", num_ranks=1)))
     # As importing libraries does: nothing else of Python runs meanwhile.
     ctypes.PyDLL(None).usleep(1_500_000)

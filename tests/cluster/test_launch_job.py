@@ -72,16 +72,16 @@ def test_job_goes_on_exactly_whatever_ends_it(slurm: SlurmCluster, tmp_path: Pat
     assert wait_until(lambda: not jobs.processes(), 20.0)
     # A rank is killed: the job is queued again, and goes on from the last checkpoint.
     jobs.submit("--resume", "--max-restarts", "2")
-    jobs.wait_for_step(25)
+    jobs.wait_for_step(step_of(jobs.run) + 10)
     os.kill(jobs.rank(1).pid, signal.SIGKILL)
     slurm.until(lambda: "restart 1 of 2; the job is queued again" in jobs.output, "a restart")
     assert "rank 1 on n2 was killed by signal 9" in jobs.output
     # The whole step is killed, agents and ranks.
-    jobs.wait_for_step(34)
+    jobs.wait_for_step(step_of(jobs.run) + 5)
     slurm.run("scancel", "--signal=KILL", f"{jobs.number}.0")
     slurm.until(lambda: "restart 2 of 2; the job is queued again" in jobs.output, "another restart")
     # Somebody has the scheduler start it elsewhere: it saves first.
-    jobs.wait_for_step(45)
+    jobs.wait_for_step(step_of(jobs.run) + 5)
     slurm.run("scontrol", "requeue", jobs.number)
     jobs.wait_for_step(STEPS)
     assert slurm.wait(jobs.number, "COMPLETED")["Restarts"] == "3"

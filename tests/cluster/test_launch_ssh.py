@@ -50,7 +50,7 @@ def test_run_over_ssh_goes_on_exactly_whatever_ends_it(hosts: Hosts, tmp_path: P
     assert hosts.wait_until_idle() == []
     # A link drops: all ends, on both sides of it, and the checkpoint before it is there.
     second = launcher.start("--resume")
-    wait_for_step(launcher.run, 25, second)
+    wait_for_step(launcher.run, step_of(launcher.run) + 10, second)
     hosts.drop_link("hostB")
     began = time.monotonic()
     status, said = ended(second)
@@ -62,7 +62,7 @@ def test_run_over_ssh_goes_on_exactly_whatever_ends_it(hosts: Hosts, tmp_path: P
     hosts.restore_link("hostB")
     # The daemon of one connection is killed: started again by itself, from the last checkpoint.
     third = launcher.start("--resume", "--max-restarts", "1")
-    wait_for_step(launcher.run, 42, third)
+    wait_for_step(launcher.run, step_of(launcher.run) + 10, third)
     hosts.kill_sshd("hostB")
     hosts.start_sshd("hostB")
     status, said = ended(third)
