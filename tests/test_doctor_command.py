@@ -2,16 +2,21 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from mempar import cli
-from mempar.tools.doctor import command, report
-from mempar.tools.doctor.finding import ERROR, NOTE, OK, WARNING, Finding, counted, duration, size, worst
+from mempar.errors import ConfigError
+from mempar.tools.doctor import command, environment, report
+from mempar.tools.doctor.environment import Allocation
+from mempar.tools.doctor.finding import ERROR, NOTE, OK, WARNING, Finding, counted, duration, named, size, worst
+from mempar.tools.launch.profile import LaunchProfile
 
 SUBJECTS = {"versions", "devices", "network", "disk", "limits", "clocks", "smoke"}
 PATH = "/a/path/that/is/longer/than/the/column" * 4
@@ -41,7 +46,7 @@ def test_a_finding_that_is_an_error_ends_with_status_1(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for level, status in ((WARNING, 0), (ERROR, 1)):
-        monkeypatch.setattr(command, "_look", lambda *_, level=level: iter([finding(OK), finding(level)]))
+        monkeypatch.setattr(command, "_look_here", lambda *_, level=level: [finding(OK), finding(level)])
         monkeypatch.setattr(sys, "argv", ["mempar", "doctor"])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -57,6 +62,12 @@ def test_a_finding_that_is_an_error_ends_with_status_1(
         (["train.steps=3"], "settings follow a recipe"),
         (["--nproc", "0"], "starts no rank"),
         (["--out", "file"], "is a file"),
+        (["--nodes", "2"], "this machine is one"),
+        (["--on", "sshh"], "no place to run"),
+        (["--on", "ssh"], "needs --hostfile"),
+        (["--on", "ssh", "--hostfile", "none"], "hostfile none does not exist"),
+        (["--on", "ssh", "--hostfile", "hosts", "--nodes", "3"], "hosts names 1"),
+        (["--on", "slurm"], "there is no srun"),
         (["smoke", "parallel.mp=5", "--nproc", "6"], "tp*cp*dp"),
     ],
 )
@@ -69,6 +80,8 @@ def test_bad_input_gets_one_message_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    (tmp_path / "hosts").write_text("a slots=1\n")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["mempar", "doctor", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -76,18 +89,36 @@ def test_bad_input_gets_one_message_and_status_2(
     assert ended.value.code == 2 and message in said and said.count("\n") == 1 and "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("nodes", "arguments", "message"),
+    [("", [], "does not know how many nodes"), ("2", ["--nodes", "3"], "--nodes 3, but job 7 has 2")],
+)
+def test_slurm_needs_a_number_of_nodes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nodes: str, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    allocation = Allocation(job="7", num_nodes=int(nodes)) if nodes else Allocation()
+    monkeypatch.setattr(environment, "allocation", lambda: allocation)
+    count = int(arguments[1]) if arguments else None
+    with pytest.raises(ConfigError, match=message):
+        command.doctor(command.Request(place="slurm", profile=LaunchProfile(), nodes=count), print)
+
+
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_table_fits_and_says_what_to_do(width: int) -> None:
     text = io.StringIO()
     long = Finding(check="disk.rate", level=OK, what=PATH)
     found = [finding(OK), long, finding(NOTE), finding(WARNING, "versions.transformer-engine"), finding(ERROR)]
+    found.append(replace(finding(NOTE, "limits.shm"), nodes=tuple(f"node{number}" for number in range(9))))
     report.show(found, Console(file=text, width=width))
     lines = text.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     assert PATH in "".join(line.strip() for line in lines)
     # What is in brackets is no markup of rich's.
-    assert text.getvalue().count("-> make room [by deleting]") == 3
-    assert lines[-1].strip() == "1 error, 1 warning, 1 note, 2 ok; mend first: disk.room"
+    assert text.getvalue().count("-> make room [by deleting]") == 4
+    assert any("node0, node1, node2, node3 and 5 more: 1 GiB" in line for line in lines)
+    assert lines[-1].strip() == "1 error, 1 warning, 2 notes, 2 ok; mend first: disk.room"
 
 
 def test_findings_have_three_parts_and_are_json() -> None:
@@ -98,6 +129,7 @@ def test_findings_have_three_parts_and_are_json() -> None:
 
 
 def test_figures_in_words() -> None:
+    assert named(["a", "b"]) == "a, b" and named(list("abcdef")) == "a, b, c, d and 2 more"
     assert (size(3 << 40), size(1536 << 20), size(5 << 20), size(512)) == ("3.0 TiB", "1.5 GiB", "5.0 MiB", "0.5 KiB")
     assert [duration(time) for time in (0.002, 3, 90, 7200)] == ["2 ms", "3.0 s", "1.5 min", "2.0 h"]
     assert (counted(1, "rank"), counted(2, "rank")) == ("1 rank", "2 ranks")

@@ -35,7 +35,7 @@ def errors(findings: Findings) -> set[str]:
 def test_hosts_are_looked_at_over_ssh(hosts: Hosts, tmp_path: Path) -> None:
     [_, config] = hosts.ssh_options
     profile = tmp_path / "profile.yaml"
-    profile.write_text(f"ssh: {{config: {config}}}\n{ENVIRONMENT}")
+    profile.write_text(f"ssh: {{config: {config}, connect_timeout: 4}}\n{ENVIRONMENT}")
     out = tmp_path / "run"
     where = ["--on", "ssh", "--hostfile", str(hosts.hostfile(slots=1)), "--profile", str(profile), "--out", str(out)]
     command = [*MEMPAR, "doctor", *where, "--json"]
@@ -67,12 +67,13 @@ def test_hosts_are_looked_at_over_ssh(hosts: Hosts, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["profile.yaml"]
 
 
-def test_nodes_of_a_job_are_looked_at(slurm: SlurmCluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("allocation", [[], ["salloc", "--quiet", "--nodes=2"]], ids=["its own", "around it"])
+def test_nodes_of_a_job_are_looked_at(slurm: SlurmCluster, tmp_path: Path, allocation: list[str]) -> None:
     profile = tmp_path / "profile.yaml"
     profile.write_text(f"slurm: {{exclusive: false, gpu_option: none, partition: low}}\n{ENVIRONMENT}")
-    where = ["--on", "slurm", "--nodes", "2", "--nproc", "1", "--profile", str(profile), "--out", str(tmp_path / "run")]
+    where = ["--on", "slurm", "--nproc", "1", "--profile", str(profile), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
-        [*MEMPAR, "doctor", *where, "--json"],
+        [*allocation, *MEMPAR, "doctor", *where, *([] if allocation else ["--nodes", "2"]), "--json"],
         env=slurm.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -2,7 +2,8 @@
 
 Each subject has pure functions from facts to findings, which tests feed with bad facts, and a thin collector of the
 facts beside them. Nothing here imports megatron or triton; torch is imported by processes of their own alone
-(`device_probe`, `smoke_rank`), so that a broken driver or a hang is a finding and not the end of the command.
+(`device_probe`, `smoke_rank`, and `node` when it starts ranks), so that a broken driver or a hang is a finding and not
+the end of the command.
 
 finding         what is said
 versions        packages and what they imply; packages.py finds them, apex.py tells two of that name apart
@@ -14,5 +15,8 @@ clocks          whether they are kept, whether hosts agree
 smoke           collectives tried out; smoke_rank.py is a rank
 needs           what a recipe wants of all this
 environment     the one place that reads environment variables
+looking         all of that about one machine
+together        the nodes of a launch: node_commands.py reaches them, node.py runs there, across.py keeps hold of them,
+                wire.py is what they say to each other, merging.py makes one list of it
 command, report the command, and its table
 """

@@ -5,6 +5,7 @@ When the command is silent, gone or wants an end, it ends at once, and its ranks
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import queue
@@ -14,7 +15,9 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import psutil
 
 from mempar.errors import MemparError
 from mempar.runtime.launch.local import run_together
@@ -77,8 +80,8 @@ class _Ear:
     def _leave(self) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(_LEAVE_SECONDS)
-        # It may wait in native code, where nothing else reaches it; ranks die with it.
-        os._exit(1)
+        # The main thread may wait in native code, where nothing else reaches it.
+        _exit(1)
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -162,10 +165,21 @@ def _try_out(place: NodePlace, trial: Trial) -> dict[str, Any]:
     return {"error": "", "statuses": {str(rank): status for rank, status in (statuses or {}).items()}}
 
 
+def _exit(status: int) -> NoReturn:
+    """Leave, with all that was started: ranks die with this process, but not those that did not come to ask for it."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    # The interpreter's own way out needs the lock of standard input, which the listening thread holds.
+    os._exit(status)
+
+
 def _say(place: NodePlace, kind: str, values: dict[str, Any]) -> None:
     for line in lines_of(place.node_rank, kind, values):
         print(line, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit(main())
