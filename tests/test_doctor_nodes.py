@@ -94,7 +94,7 @@ def test_ssh_reaches_each_host_as_launches_do(tmp_path: Path) -> None:
     _, shell, option, script = shlex.split(second.words[-1])
     steps = script.split(" && ")
     assert (shell, option) == ("sh", "-c")
-    assert steps[0] == "ulimit -l unlimited" and shlex.split(steps[1]) == ["export", "NCCL_DEBUG=it's on"]
+    assert steps[0] == "eval 'ulimit -l unlimited'" and shlex.split(steps[1]) == ["export", "NCCL_DEBUG=it's on"]
     assert steps[-1] == "exec /shared/python -m mempar.tools.doctor.node --node-rank 1 --node b"
 
 
