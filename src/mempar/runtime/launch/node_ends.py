@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mempar.runtime.durable import replace_file
 from mempar.runtime.launch.endings import RankEnd
+from mempar.runtime.launch.heartbeat import files_in
 
 _SUFFIX = ".ended.json"
 
@@ -51,7 +52,7 @@ def record_node_end(directory: Path, end: NodeEnd) -> None:
 def read_node_ends(directory: Path) -> dict[int, NodeEnd]:
     """What launchers left behind, by the numbers of their nodes."""
     found = {}
-    for path in directory.glob(f"node_*{_SUFFIX}"):
+    for path in files_in(directory, _SUFFIX):
         try:
             number = int(path.name.removeprefix("node_").removesuffix(_SUFFIX))
             ends = [RankEnd(**row) for row in json.loads(path.read_text())]
