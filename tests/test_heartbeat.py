@@ -12,7 +12,9 @@ import pytest
 
 from full_disk import full_disk
 from mempar.errors import MemparError
+from mempar.runtime.launch.endings import read_failures
 from mempar.runtime.launch.heartbeat import Heartbeat, Phase, read_signs, stack_of
+from mempar.runtime.launch.node_ends import read_node_ends
 
 # A mark takes 1 us on one core of a 2.x GHz Xeon, November 2026; the limit leaves room for a busy machine.
 MOST_SECONDS_A_MARK = 100e-6
@@ -68,6 +70,16 @@ def test_stack_is_named_once_it_is_written(tmp_path: Path) -> None:
     assert stack_of(tmp_path, heart.sign) == ""
     heart.stack_path.write_text("x")
     assert stack_of(tmp_path, heart.sign) == str(heart.stack_path)
+
+
+def test_directory_may_be_removed_while_it_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def gone(path: object) -> list[str]:
+        raise FileNotFoundError(path)
+
+    Heartbeat(tmp_path)
+    monkeypatch.setattr(os, "listdir", gone)
+    monkeypatch.setattr(os, "scandir", gone)
+    assert read_signs(tmp_path) == [] and read_failures(tmp_path) == {} and read_node_ends(tmp_path) == {}
 
 
 def test_sign_costs_next_to_nothing(tmp_path: Path, note_figure: Callable[[str, float], None]) -> None:

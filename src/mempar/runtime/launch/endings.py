@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mempar.errors import MemparError
-from mempar.runtime.launch.heartbeat import Phase, Sign
+from mempar.runtime.launch.heartbeat import Phase, Sign, files_in
 
 _SUFFIX = ".failed.txt"
 # Where a rank stands that has not begun.
@@ -126,7 +126,7 @@ def record_failure(directory: Path, rank: int, error: Exception) -> Failure:
 def read_failures(directory: Path) -> dict[int, Failure]:
     """What ranks left behind, by their numbers."""
     failures = {}
-    for path in directory.glob(f"*{_SUFFIX}"):
+    for path in files_in(directory, _SUFFIX):
         try:
             said = json.loads(path.read_text().partition("\n")[0])
             rank = said.pop("rank")

@@ -127,10 +127,18 @@ class Heartbeat:
         return _unpack(self._page[:])
 
 
+def files_in(directory: Path, suffix: str) -> list[Path]:
+    """Files of one kind among the signs of life; none where the head's launcher has just removed them all."""
+    try:
+        return [directory / name for name in sorted(os.listdir(directory)) if name.endswith(suffix)]
+    except OSError:
+        return []
+
+
 def read_signs(directory: Path, host: str = "") -> list[Sign]:
     """Read the signs of all ranks that gave one, on a host or on all, in the order of the ranks."""
     signs = []
-    for path in directory.glob(f"*{_SUFFIX}"):
+    for path in files_in(directory, _SUFFIX):
         if host and path.stem.rpartition("-")[0] != host:
             continue
         try:

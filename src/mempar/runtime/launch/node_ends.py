@@ -13,7 +13,7 @@ from typing import Any
 
 from mempar.runtime.durable import replace_file
 from mempar.runtime.launch.endings import RankEnd
-from mempar.runtime.launch.heartbeat import Phase, Sign
+from mempar.runtime.launch.heartbeat import Phase, Sign, files_in
 
 _SUFFIX = ".ended.json"
 
@@ -63,7 +63,7 @@ def record_node_end(directory: Path, end: NodeEnd) -> None:
 def read_node_ends(directory: Path) -> dict[int, NodeEnd]:
     """What launchers left behind, by the numbers of their nodes."""
     found = {}
-    for path in directory.glob(f"node_*{_SUFFIX}"):
+    for path in files_in(directory, _SUFFIX):
         try:
             number = int(path.name.removeprefix("node_").removesuffix(_SUFFIX))
             said = json.loads(path.read_text())
