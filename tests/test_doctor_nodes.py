@@ -129,8 +129,10 @@ def test_nodes_that_do_not_answer_say_why(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(across, "ANSWER_SECONDS", 1.0)
     monkeypatch.setattr(across, "_LEAVE_SECONDS", 0.2)
     acts = ("fine", "lost", "crash", "slow", "deaf")
+    # Other tests' processes go on.
+    before = {child.pid for child in psutil.Process().children()}
     with Nodes(stubs(*acts), [f"h{rank}" for rank in range(len(acts))], 0.0) as nodes:
-        pids = [child.pid for child in psutil.Process().children()]
+        pids = {child.pid for child in psutil.Process().children()} - before
         answers = nodes.ask(QUESTION)
     assert [one.name for one in answers] == ["stub0"]
     problems = {act: state.problem for act, state in zip(acts, nodes.states, strict=True)}
