@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 MEMPAR = [sys.executable, "-c", "from mempar.cli import main; main()"]
-STEPS = 60
+STEPS = 200
 # Long enough to act in its midst, small enough for two cores.
 SETTINGS = [
     "train.dtype=float64",

@@ -23,7 +23,7 @@ from runs import check_same, step_of, train_alone
 from test_launch_ssh import Launcher, Process
 
 NUM_FAULTS = int(os.environ.get("MEMPAR_SOAK_FAULTS", "20"))
-STEPS = 400
+STEPS = 1000
 SETTINGS = [f"train.steps={STEPS}", "train.save_interval=5", "train.log_interval=50"]
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # From the launch on: half of it is start-up.
