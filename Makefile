@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := setup
 STAMP := $(VENV)/.setup-done
+TWO := --numprocesses 2 --dist loadfile
 PIP_INSTALL = -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_ARGS)
 
 SHELL := /bin/sh
@@ -52,9 +53,10 @@ check: setup  ## formatting, lint, types and import rules
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+# Two files at a time: many tests wait, for processes to start or to be missed.
 test: setup check  ## check, then every test that needs no GPU and no patience
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest $(TWO) $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_oracle_law.py tests/test_exchange.py tests/test_gradsync.py \
 	  -k "two-row_adam-untied-mha-float32 or float32-3x2 or sum_over"
 
@@ -71,7 +73,7 @@ bench-cpu: setup  ## the operations of torch on this machine, beside F.embedding
 soak: setup  ## the long randomised runs
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
-cluster: setup  ## as root on Debian: launches on a SLURM of two nodes and on hosts in network namespaces
+cluster: setup  ## as root on Debian: launches on a SLURM of two nodes and on hosts in network namespaces, pages in Chromium
 	$(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
 
 wheel: setup  ## build the wheel into dist/

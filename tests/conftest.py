@@ -1,7 +1,9 @@
 """Fixtures of the whole session: the pool of ranks, and the figures that tests want to be seen."""
 
 import random
+import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,12 @@ from rank_pool import RankPool
 from thread_groups import THREAD_DIST, Threads, launch_one_at_a_time
 
 FIGURES = pytest.StashKey[dict[str, float]]()
+
+
+def pytest_configure() -> None:
+    """Let programs under test be interrupted where a shell started this in the background, with SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -86,6 +94,20 @@ def rng() -> random.Random:
     # Shown by pytest when a test fails; torch.manual_seed(it) and random.Random(it) repeat the test.
     print(f"torch and random seed {seed}")
     return random.Random(seed)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the figures of a worker to the session that started it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = session.config.stash.get(FIGURES, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Join the figures of the workers."""
+    figures = node.config.stash.setdefault(FIGURES, {})
+    for name, value in getattr(node, "workeroutput", {}).get("figures", {}).items():
+        figures[name] = max(value, figures.get(name, value))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,7 +1,8 @@
 """The bytes law: what is handed to collectives equals the formulas of parallel/cost.py, byte for byte.
 
 The ledger counts tensors and does not know the formulas; the formulas are evaluated here in actual
-counts, which are taken from the slots that the ranks recorded.
+counts, which are taken from the slots that the ranks recorded. Marks take the bytes of each call, and a
+profile sets beside them what the formulas say in the counts that ranks noted: the two are one, row by row.
 """
 
 from collections import Counter
@@ -12,11 +13,17 @@ import numpy as np
 import pytest
 
 import toy
+from layout_cases import LAYOUTS as LAW_LAYOUTS
+from layout_cases import MOE_LAYOUTS
 from mempar.dims import even_cuts
 from mempar.memory.config import MemoryConfig
 from mempar.parallel.cost import copy_sync_bytes, exchange_bytes, token_split_bytes
 from mempar.runtime.config import RunConfig
+from mempar.runtime.optim import StepReport
 from mempar.runtime.placement import Placement, place
+from mempar.runtime.profile.recorder import Recorder
+from mempar.tools.profile.merge import merge_rows
+from mempar.tools.profile.predicted import PREDICTED
 from rank_pool import RankPool
 from toy import History, Seen, Session, batches_of, joined, toy_run
 
@@ -91,16 +98,31 @@ CASES += [
     ("replicas", {"kind": "beside", "ragged": True}),
     ("experts", {"kind": "memory_plus+moe"}),
 ]
+# What the layout law has beside these.
+NEW = {name: (*of, {"ragged": True}) for name, of in LAW_LAYOUTS.items() if of not in LAYOUTS.values()}
+EXPERTS = {name: of for name, of in MOE_LAYOUTS.items() if "memory" in of[2]["kind"]}
+NEW |= {f"moe-{name}": of for name, of in EXPERTS.items() if of[:2] not in LAYOUTS.values()}
+LAYOUTS |= {name: of[:2] for name, of in NEW.items()}
+CASES += [(name, settings) for name, (*_, settings) in NEW.items()]
 
 
 def train_counting(run: RunConfig, steps: int) -> Seen:
-    """Train, and note the bytes of each phase."""
+    """Train, and note the bytes of each phase; with marks on."""
     ledgers: list[Any] = []
 
     def observe(session: Session, seen: Seen) -> None:
         assert session.world.groups is not None
         session.world.groups.ledger.clear()
         ledgers.append(session.world.groups.ledger)
+        recorder, train_step = Recorder(session.world, session.model), session.step
+
+        def recorded(step: int) -> StepReport:
+            with recorder.step(step + 1):
+                report = train_step(step)
+            seen.extra["recording"] = recorder.take(keep=True)
+            return report
+
+        session.step = recorded
 
     seen = toy.train(run, steps, None, ("slots",), observe)
     seen.extra["bytes"] = {phase: count for phase, count in ledgers[0].sent_bytes.items() if count}
@@ -218,6 +240,19 @@ def case_name(value: Any) -> str:
     return "-".join(f"{name}={setting}" for name, setting in value.items())
 
 
+def check_rows(history: History, run: RunConfig) -> None:
+    """Rows of a profile say what the ledgers say, and what is predicted for each is what was measured."""
+    rows = merge_rows(run, [seen.extra["recording"] for seen in history.seen])
+    for rank, seen in enumerate(history.seen):
+        measured: Counter[str] = Counter()
+        for row in rows:
+            if row.rank == rank and row.phase in PREDICTED:
+                assert row.bytes_predicted == row.bytes_measured, row
+                assert (row.layer in run.memory_layers) == (row.phase != "copy_sync")
+                measured[row.phase] += row.bytes_measured
+        assert {phase: count for phase, count in measured.items() if count} == seen.extra["bytes"]
+
+
 @pytest.mark.parametrize(("layout", "settings"), CASES, ids=case_name)
 def test_bytes_of_a_step_equal_formulas(layout: str, settings: dict[str, Any], pool: RankPool) -> None:
     world_size, sizes = LAYOUTS[layout]
@@ -236,6 +271,7 @@ def test_bytes_of_a_step_equal_formulas(layout: str, settings: dict[str, Any], p
         assert seen.extra["bytes"] == {phase: count for phase, count in expected.items() if count}, f"rank {rank}"
         anything += sum(expected.values())
     assert anything > 0
+    check_rows(history, run)
     assert (counting.saved_reads > 0) == (settings.get("merge") == "on")
 
 
@@ -250,17 +286,22 @@ def test_bytes_follow_the_dtype_of_the_table(layout: str, dtype: str, pool: Rank
         expected = {phase: count for phase, count in counting.expected(rank, 0).items() if count}
         assert seen.extra["bytes"] == expected, f"rank {rank}"
         assert expected
+    check_rows(history, run)
 
 
 def test_counting_reads_no_formula() -> None:
     # The measured twin must not import what it is compared with.
+    import mempar.marks
     import mempar.parallel.collectives
     import mempar.parallel.exchange
     import mempar.parallel.ledger
     import mempar.parallel.one_hop
     import mempar.parallel.two_hops
+    import mempar.runtime.profile.recorder
 
-    parallel = mempar.parallel
-    for module in (parallel.collectives, parallel.exchange, parallel.ledger, parallel.one_hop, parallel.two_hops):
+    parallel, recording = mempar.parallel, mempar.runtime.profile
+    modules = [parallel.collectives, parallel.exchange, parallel.ledger, parallel.one_hop, parallel.two_hops]
+    modules += [mempar.marks, recording.collectives, recording.recorder, recording.recording]
+    for module in modules:
         assert "cost" not in vars(module)
         assert not any(getattr(value, "__module__", "") == "mempar.parallel.cost" for value in vars(module).values())

@@ -173,7 +173,9 @@ def test_one_that_says_nothing_behind_a_queue_is_waited_for(monkeypatch: pytest.
 
 
 def test_a_node_ends_with_its_connection() -> None:
-    command = [sys.executable, "-m", "mempar.tools.doctor.node", "--node-rank", "4", "--node", "n5"]
+    """Also where SIGINT is ignored, as a shell has it for what it puts in the background."""
+    node = shlex.join([sys.executable, "-m", "mempar.tools.doctor.node", "--node-rank", "4", "--node", "n5"])
+    command = ["sh", "-c", f"trap '' INT; exec {node}"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as node:
         assert node.stdin is not None and node.stdout is not None

@@ -18,6 +18,24 @@ def test_figures_of_gpus_are_in_their_units() -> None:
         # Memory is the fastest, the network the slowest.
         assert gpu.memory_gb_per_s > gpu.link_gb_per_s > gpu.network_gb_per_s > 1
         assert gpu.source.startswith("NVIDIA")
+        # What is reached of the peaks is somebody's figure, or said to be assumed.
+        assert gpu.gpu == name and gpu.shares_source and "gather_share" in gpu.assumed
+        assert 0 < gpu.link_latency_us < gpu.network_latency_us < 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"matmul_share": 1.5}, "matmul_share=1.5 must be a positive number of at most 1"),
+        ({"gather_share": 0.0}, "gather_share=0.0 must be a positive number"),
+        ({"memory_gb_per_s": float("nan")}, "memory_gb_per_s=nan must be a positive number"),
+        ({"kernel_us": -1.0}, "kernel_us=-1.0 must be at least 0"),
+        ({"gpu": "h300"}, "gpu=h300 is not known; it is one of a100, h100, h200, b200"),
+    ],
+)
+def test_figures_that_are_none_are_refused(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(GPUS["h200"], **change)
 
 
 def test_a_run_is_meant_for_the_gpus_that_it_names() -> None:

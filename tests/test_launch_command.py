@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from mempar.tools.launch import command, restarts
 from mempar.tools.launch.command import Request, launch
 from mempar.tools.launch.hostfile import Host
 from mempar.tools.launch.nodes_wanted import nodes_wanted
+from mempar.tools.launch.places import given_flags
 from mempar.tools.launch.profile import LaunchProfile, SshConfig
 from mempar.tools.launch.ssh import SshLaunch, commands, run_over_ssh
 
@@ -74,6 +76,7 @@ def test_recipes_fill_nodes_of_eight() -> None:
     [
         ({"nodes": 0, "per_node": None, "at_most": None}, "--nodes=0 must be at least 1"),
         ({"nodes": None, "per_node": -1, "at_most": None}, "--nproc-per-node=-1 must be at least 1"),
+        ({"nodes": None, "per_node": 0, "at_most": 1}, "--nproc-per-node=0 must be at least 1"),
         ({"nodes": 2, "per_node": None, "at_most": 1}, "this machine is 1 node; use --on ssh"),
     ],
 )
@@ -90,12 +93,25 @@ def test_numbers_of_nodes_that_cannot_be_are_refused(settings: dict[str, int | N
         ({"place": "slurm", "hostfile": Path("hosts")}, "--on slurm takes no --hostfile"),
         ({"place": "local", "max_restarts": -1}, "--max-restarts -1 is negative"),
         ({"place": "slurm", "port": 80}, "--port 80 must be from 1024"),
+        (
+            {"place": "local", "flags": ("--module", "--env")},
+            "--module, --env with --on local, where nothing heeds them",
+        ),
+        ({"place": "ssh", "hostfile": Path("hosts"), "flags": ("--time",)}, "--time is for --on slurm"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(settings: dict[str, object], message: str, tmp_path: Path) -> None:
     place = str(settings.pop("place"))
     with pytest.raises(ConfigError, match=message):
         a_request(place, tmp_path / "run", **settings)
+
+
+def test_flags_that_were_given_are_named() -> None:
+    assert given_flags(container_image="x", module=["a"], env=[], time=None, port=2000) == (
+        "--container-image",
+        "--module",
+        "--port",
+    )
 
 
 def test_ranks_that_nodes_cannot_share_out_are_refused() -> None:
@@ -196,6 +212,20 @@ def test_run_whose_start_cannot_be_written_is_none_to_continue(
         launch(a_request("local", tmp_path / "run", resume=True), print)
 
 
+def test_dry_run_refuses_to_continue_another_run(ready: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "run_node", lambda *arguments, **more: None)
+    launch(a_request("local", tmp_path / "run"), print)
+    again = replace(a_request("local", tmp_path / "run", resume=True), dry_run=True)
+    launch(again, print)
+    said: list[str] = []
+    launch(replace(again, out=tmp_path / "none"), said.append)
+    assert f"{tmp_path / 'none'} holds no run to continue: a new one begins there" in said
+    with pytest.raises(ConfigError, match="--nproc-per-node=0 must be at least 1"):
+        launch(replace(again, per_node=0), print)
+    with pytest.raises(ConfigError, match=r"holds another run: train\.seed is"):
+        launch(replace(again, assignments=("train.seed=5",)), print)
+
+
 def test_run_on_this_machine_is_started_again_after_a_failure(
     ready: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +258,11 @@ def test_what_no_restart_mends_is_not_started_again(error: BaseException) -> Non
     with pytest.raises(type(error)):
         restarts.with_restarts(start, 5, print)
     assert started == [0]
+
+
+def test_pauses_before_restarts_grow_up_to_a_limit() -> None:
+    pauses = [restarts.pause_seconds(number) for number in (1, 2, 3, 7, 8, 100_000)]
+    assert pauses == [3.0, 6.0, 12.0, 192.0, 300.0, 300.0]
 
 
 def test_what_was_told_to_end_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:

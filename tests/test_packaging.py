@@ -1,11 +1,11 @@
 """The gates of style and packaging that a linter does not know: sizes, test files, start-up time, pins."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
 import sysconfig
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,7 +110,7 @@ def test_version_of_the_package_is_the_installed_one():
 def test_every_dependency_is_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = {re.split(r"[\[<>=~!; ]", line)[0] for line in project["dependencies"]}
-    for extra in ("dev", "data", "hf"):
+    for extra in ("dev", "data", "hf", "report"):
         wanted |= {re.split(r"[\[<>=~!; ]", line)[0] for line in project["optional-dependencies"][extra]}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.split("==")[0] for line in lines if "==" in line}
@@ -126,14 +126,20 @@ def test_command_line_starts_without(heavy: str):
     assert result.returncode == 0, f"importing mempar.cli imports {heavy}; import it where it is used\n{result.stderr}"
 
 
+def _seconds_of_children() -> float:
+    """Of a core: what they would take if nobody else used it."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def test_help_answers_in_a_second():
     command = [str(Path(sysconfig.get_path("scripts")) / "mempar"), "--help"]
     seconds: list[float] = []
     # The best of a few attempts is a property of the program; the others are the machine being busy.
     for _ in range(HELP_ATTEMPTS):
-        start = time.perf_counter()
+        start = _seconds_of_children()
         result = subprocess.run(command, check=False, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(_seconds_of_children() - start)
         assert result.returncode == 0, result.stderr
         if min(seconds) < MAX_HELP_SECONDS:
             return

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mempar.marks import Marks
 from mempar.memory.lookup import LocalReader
 from mempar.memory.values import ValueShard
 from mempar.parallel.collectives import MemberGroup
@@ -57,7 +58,7 @@ def test_token_split_reads_as_one_rank_would(in_threads: Callable, tp: int, num_
 
 def test_token_split_tells_the_inner_reader_each_members_share() -> None:
     inner = SimpleNamespace(find=lambda slots, counts: (slots, counts))
-    reader = TokenSplitReader(inner, SimpleNamespace(size=3, rank=1), [0, 1, 2, 0, 1, 2])
+    reader = TokenSplitReader(inner, SimpleNamespace(size=3, rank=1, marks=Marks()), [0, 1, 2, 0, 1, 2])
     share = reader.find(torch.arange(8)[:, None], [8, 8, 8, 4, 4, 4])
     slots, counts = share.found
     assert (slots.tolist(), share.sizes) == ([[3], [4], [5]], [3, 3, 2])

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from mempar import __version__
-from mempar.errors import MemparError
+from mempar.errors import ConfigError, MemparError
+from mempar.tools.plan.options import plan
 
 app = typer.Typer(
     name="mempar",
@@ -107,7 +108,9 @@ def launch(
     container_image: Image = None,
     module: Modules = None,
     env: Variables = None,
-    max_restarts: Annotated[int, typer.Option(help="After failures, from the last good checkpoint.")] = 0,
+    max_restarts: Annotated[
+        int, typer.Option(help="After failures, from the last good checkpoint; under SLURM, of the job.")
+    ] = 0,
     port: Port = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be started, and write nothing.")] = False,
     out: Out = None,
@@ -120,22 +123,19 @@ def launch(
     """
     from mempar.tools.launch.command import Request
     from mempar.tools.launch.command import launch as launch_run
+    from mempar.tools.launch.places import given_flags
     from mempar.tools.launch.profile import LaunchProfile, with_flags
     from mempar.tools.launch.profile_file import read_profile
 
+    of_slurm = {"partition": partition, "account": account, "time": time, "container_image": container_image}
     request = Request(
         recipe=recipe,
         assignments=tuple(assignments or ()),
         place=place,
         profile=with_flags(
-            read_profile(profile) if profile else LaunchProfile(),
-            partition=partition,
-            account=account,
-            time=time,
-            container_image=container_image,
-            modules=module or (),
-            env=env or (),
+            read_profile(profile) if profile else LaunchProfile(), **of_slurm, modules=module or (), env=env or ()
         ),
+        flags=given_flags(**of_slurm, module=module, env=env, port=port),
         nodes=nodes,
         per_node=nproc_per_node,
         hostfile=hostfile,
@@ -276,6 +276,45 @@ def prepare(
 
 
 @app.command()
+def profile(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe's name, a YAML file, or module:function.", show_default=False)
+    ] = None,
+    assignments: Overrides = None,
+    nproc: Annotated[
+        int | None, typer.Option(help="Ranks on this machine.  \\[default: pp * lcm(tp*cp, mp)]", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="To measure, after one to warm up.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Directory to make.", show_default=False)] = None,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="A B", help="Compare two profiles instead: directories, or report.json.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Train a few steps with marks on, and say where the time went and what was sent.
+
+    Writes report.json (every phase of every layer, step and rank: bytes predicted and measured, time, bandwidth,
+    waiting), trace.json for ui.perfetto.dev and report.html, a page with plots, into --out.
+    """
+    if diff is not None:
+        if recipe is not None or out is not None or nproc is not None:
+            raise ConfigError(
+                "--diff compares two profiles that are there; it stands without RECIPE, --nproc or --out; drop them."
+            )
+        from mempar.tools.profile.compare import compare
+
+        compare(*diff, typer.echo)
+        return
+    if recipe is None:
+        raise ConfigError("nothing to profile: a RECIPE, or --diff A B, is needed; `mempar recipes` lists recipes.")
+    from mempar.tools.profile import command
+
+    command.profile(recipe, assignments or [], num_ranks=nproc, num_steps=steps, out=out, say=typer.echo)
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe's resolved config.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
@@ -287,6 +326,9 @@ def recipes(
     from mempar.tools import recipe_list
 
     typer.echo(recipe_list.show(name, as_json=as_json, tiny=tiny))
+
+
+app.command()(plan)
 
 
 @app.command()

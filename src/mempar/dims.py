@@ -29,8 +29,13 @@ def even_cuts(total: int, num_parts: int) -> list[int]:
     Returns:
         `num_parts + 1` boundaries; part i is `[cuts[i], cuts[i + 1])`. Larger parts come first.
     """
+    return [even_cut(total, num_parts, place) for place in range(num_parts + 1)]
+
+
+def even_cut(total: int, num_parts: int, place: int) -> int:
+    """One of the boundaries of `even_cuts`: where part `place` starts."""
     quotient, remainder = divmod(total, num_parts)
-    return [i * quotient + min(i, remainder) for i in range(num_parts + 1)]
+    return place * quotient + min(place, remainder)
 
 
 def part_sizes(total: int, num_parts: int) -> list[int]:

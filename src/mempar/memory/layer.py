@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mempar.kernels.dispatch import TORCH, Backend
 from mempar.kernels.product_topk import product_topk
+from mempar.marks import Marks
 from mempar.memory.balance import BalanceMeter, balanced
 from mempar.memory.config import MemoryConfig
 from mempar.memory.lookup import Readers
@@ -40,6 +41,7 @@ class MemoryLayer(nn.Module):
         self.config = config
         self.norm_epsilon = norm_epsilon
         self.backend = backend
+        self.marks = Marks()
         self.balance = BalanceMeter()
         self.query = nn.Linear(model_dim, config.heads * config.key_dim)
         self.keys = nn.Parameter(torch.empty(config.heads, 2, config.num_subkeys, config.half_key_dim))
@@ -64,18 +66,24 @@ class MemoryLayer(nn.Module):
         Returns:
             `slot_index [T, H, K] int64` and the softmax weights `[T, H, K]`, in float32 at least.
         """
-        query = self.query(x).view(len(x), self.config.heads, 2, self.config.half_key_dim)
-        return product_topk(
-            query,
-            self.keys,
-            self.config.top_k,
-            slot_index,
-            backend=self.backend,
-            score_dtype=torch.bfloat16 if self.config.score_dtype == "bf16" else torch.float32,
-            query_norm=self.query_norm.weight if self.config.qk_norm else None,
-            key_norm=self.key_norm.weight if self.config.qk_norm else None,
-            norm_epsilon=self.norm_epsilon,
-        )
+        with self.marks.span("query"):
+            query = self.query(x)
+        self.marks.backward_of(query, "query_backward")
+        self.marks.backward_ends_after(query)
+        with self.marks.span("topk"):
+            chosen = product_topk(
+                query.view(len(x), self.config.heads, 2, self.config.half_key_dim),
+                self.keys,
+                self.config.top_k,
+                slot_index,
+                backend=self.backend,
+                score_dtype=torch.bfloat16 if self.config.score_dtype == "bf16" else torch.float32,
+                query_norm=self.query_norm.weight if self.config.qk_norm else None,
+                key_norm=self.key_norm.weight if self.config.qk_norm else None,
+                norm_epsilon=self.norm_epsilon,
+            )
+        self.marks.backward_of(chosen[1], "topk_backward")
+        return chosen
 
     def forward(
         self, x: Tensor, readers: Readers, hook: SlotHook | None = None, token_counts: list[int] | None = None
@@ -106,10 +114,19 @@ class MemoryLayer(nn.Module):
             out = readers.read_experts(found, weight, x).to(x.dtype)
         else:
             out = readers.values.read(found, weight).to(x.dtype)
-        if self.config.variant == "memory_plus":
-            out = self.output_proj(out * F.silu(self.gate_proj(x)))
-        if self.config.scalar_gate:
-            out = out * torch.sigmoid(self.scalar_gate(x))
+        self.marks.backward_of(out, "")
+        return self._gated(out, x)
+
+    def _gated(self, out: Tensor, x: Tensor) -> Tensor:
+        """Let the gates of the variant act on what was read, `[T, D]`; returns `[T, C]`."""
+        if self.config.variant != "memory_plus" and not self.config.scalar_gate:
+            return out
+        with self.marks.span("gate"):
+            if self.config.variant == "memory_plus":
+                out = self.output_proj(out * F.silu(self.gate_proj(x)))
+            if self.config.scalar_gate:
+                out = out * torch.sigmoid(self.scalar_gate(x))
+        self.marks.backward_of(out, "gate_backward")
         return out
 
 

@@ -189,7 +189,8 @@ class _LocalExperts(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, x: Tensor, found: LocalRows, down: ValueShard, values: ValueShard) -> Tensor:
         weight, x = weight.detach().reshape(-1), x.detach().contiguous()
         row_index, offsets, backend = found.row_index, found.offsets, values.backend
-        out, hidden = peer(down.values, values.values, row_index, weight, offsets, x, backend=backend)
+        with values.marks.span("gather"):
+            out, hidden = peer(down.values, values.values, row_index, weight, offsets, x, backend=backend)
         ctx.save_for_backward(weight, x, hidden)
         ctx.found, ctx.down, ctx.values = found, down, values
         return out
@@ -200,8 +201,10 @@ class _LocalExperts(torch.autograd.Function):
         weight, x, hidden = ctx.saved_tensors
         found, down, values, grad = ctx.found, ctx.down, ctx.values, grad.contiguous()
         tables = (down.values, values.values)
-        grads = peer_backward(*tables, found.row_index, weight, found.offsets, hidden, grad, backend=values.backend)
-        bag_index = bag_of_entries(found.offsets, len(found.row_index))
+        reads = (found.row_index, weight, found.offsets, hidden, grad)
+        with values.marks.span("gather_backward"):
+            grads = peer_backward(*tables, *reads, backend=values.backend)
+            bag_index = bag_of_entries(found.offsets, len(found.row_index))
         values.deposit(found.row_index, grads.value_weight, bag_index, grad)
         down.deposit(found.row_index, grads.down_weight, bag_index, x)
         return grads.weight.view(found.shape), grads.x, None, None, None

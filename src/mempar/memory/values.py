@@ -21,6 +21,7 @@ from mempar.dims import TableSlice
 from mempar.kernels.dispatch import TORCH, Backend
 from mempar.kernels.reduce_rows import reduce_row_parts
 from mempar.kernels.weighted_gather import bag_of_entries, gather_scores, weighted_gather
+from mempar.marks import Marks
 from mempar.memory.initial import table_values
 
 
@@ -43,6 +44,7 @@ class ValueShard:
     Attributes:
         values: `[S_i, D_j]`, the numbers that lookups read.
         part: which rows and columns they are.
+        reads: rows of the entries that were differentiated, `[E] int32` each; None unless somebody collects them.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class ValueShard:
         device: torch.device,
         deposit_bytes: int = 0,
         backend: Backend = TORCH,
+        marks: Marks | None = None,
     ) -> None:
         """Make the initial values of a shard of table `number`, which do not depend on how it is cut.
 
@@ -66,18 +69,22 @@ class ValueShard:
             device: where they lie.
             deposit_bytes: records beyond this are summed by row; 0 keeps all until the end of the step.
             backend: what computes reads and sums.
+            marks: take the time of it.
         """
         self.part = part
         self.values = table_values(part, seed=seed, number=number, dtype=dtype, device=device)
         self.deposit_bytes = deposit_bytes
         self.backend = backend
+        self.marks = marks or Marks()
+        self.reads: list[Tensor] | None = None
         self._records: list[_Record] = []
         # Records that were summed early, as one record of weight 1 for each row; it stays first.
         self._summed: _Record | None = None
 
     def gather(self, row_index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         """Weighted sums `[B, D_j]` of this shard's rows; see `weighted_gather`."""
-        return weighted_gather(self.values, row_index, weight, offsets, backend=self.backend)
+        with self.marks.span("gather"):
+            return weighted_gather(self.values, row_index, weight, offsets, backend=self.backend)
 
     def backward(self, row_index: Tensor, weight: Tensor, offsets: Tensor, grad: Tensor) -> Tensor:
         """Deposit the rows' gradient and return the weights'.
@@ -91,9 +98,11 @@ class ValueShard:
         Returns:
             `[E]` partial gradient of the weights, from this shard's columns.
         """
-        grad, bag_index = grad.contiguous(), bag_of_entries(offsets, len(row_index))
+        with self.marks.span("gather_backward"):
+            grad, bag_index = grad.contiguous(), bag_of_entries(offsets, len(row_index))
+            score_grad = gather_scores(self.values, row_index, bag_index, grad, backend=self.backend)
         self.deposit(row_index, weight, bag_index, grad)
-        return gather_scores(self.values, row_index, bag_index, grad, backend=self.backend)
+        return score_grad
 
     def dot(self, row_index: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
         """Multiply rows with the vector of their bag.
@@ -106,8 +115,9 @@ class ValueShard:
         Returns:
             `[E]` partial products, from this shard's columns.
         """
-        bag_index = bag_of_entries(offsets, len(row_index))
-        return gather_scores(self.values, row_index, bag_index, x, backend=self.backend)
+        with self.marks.span("gather"):
+            bag_index = bag_of_entries(offsets, len(row_index))
+            return gather_scores(self.values, row_index, bag_index, x, backend=self.backend)
 
     def dot_backward(self, row_index: Tensor, grad: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
         """Deposit the rows' gradient of `dot` and return the vectors'.
@@ -121,8 +131,11 @@ class ValueShard:
         Returns:
             `[B, D_j]` partial gradient of `x`, from this shard's rows.
         """
-        self.deposit(row_index, grad, bag_of_entries(offsets, len(row_index)), x)
-        return weighted_gather(self.values, row_index, grad, offsets, backend=self.backend)
+        with self.marks.span("gather_backward"):
+            bag_index = bag_of_entries(offsets, len(row_index))
+            x_grad = weighted_gather(self.values, row_index, grad, offsets, backend=self.backend)
+        self.deposit(row_index, grad, bag_index, x)
+        return x_grad
 
     def deposit(self, row_index: Tensor, weight: Tensor, bag_index: Tensor, grad: Tensor) -> None:
         """Keep a gradient of rows, `weight[e] * grad[bag_index[e]]` of row `row_index[e]`, until it is taken.
@@ -134,6 +147,8 @@ class ValueShard:
             grad: `[B, D_j]`.
         """
         self._records.append(_Record(row_index, weight, bag_index, grad))
+        if self.reads is not None:
+            self.reads.append(row_index)
         if self.deposit_bytes and sum(each.num_bytes for each in self._records) > self.deposit_bytes:
             self._sum_early()
 
@@ -151,13 +166,14 @@ class ValueShard:
             none = torch.zeros(0, dtype=torch.int32, device=self.values.device)
             return none, self.values.new_zeros(0, self.part.num_columns, dtype=wide)
         first_bags = itertools.accumulate((len(record.grad) for record in records), initial=0)
-        return reduce_row_parts(
-            torch.cat([record.row_index for record in records]),
-            torch.cat([record.weight.to(wide) for record in records]),
-            torch.cat([record.bag_index + first for record, first in zip(records, first_bags, strict=False)]),
-            [record.grad for record in records],
-            backend=self.backend,
-        )
+        with self.marks.span("reduce_rows"):
+            return reduce_row_parts(
+                torch.cat([record.row_index for record in records]),
+                torch.cat([record.weight.to(wide) for record in records]),
+                torch.cat([record.bag_index + first for record, first in zip(records, first_bags, strict=False)]),
+                [record.grad for record in records],
+                backend=self.backend,
+            )
 
     def _sum_early(self) -> None:
         """Replace all records by one for each row; when that happens depends on the records' sizes alone."""

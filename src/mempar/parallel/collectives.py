@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mempar.marks import Marks
 from mempar.parallel.ledger import ByteLedger
 
 
@@ -18,13 +19,25 @@ class MemberGroup:
         process_group: torch's group; None stands for this rank alone, where nothing is sent.
         rank: this rank's position.
         size: number of members.
+        ledger: counts bytes.
+        name: of the group, in marks.
+        marks: take the time.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None, ledger: ByteLedger) -> None:
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None,
+        ledger: ByteLedger,
+        *,
+        name: str = "mp",
+        marks: Marks | None = None,
+    ) -> None:
         self.process_group = process_group
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
         self.ledger = ledger
+        self.name = name
+        self.marks = marks or Marks()
 
     def all_to_all(self, send: Tensor, send_sizes: list[int], receive_sizes: list[int], phase: str) -> Tensor:
         """Send part p of a flat tensor to member p. Every member must call it, with no items too.
@@ -46,9 +59,11 @@ class MemberGroup:
             pairs = self.all_to_all(send.view(torch.uint8).view(-1, 2), send_sizes, receive_sizes, phase)
             return pairs.contiguous().view(torch.int16).view(-1)
         row_bytes = send.element_size() * send[:1].numel() if len(send) else 0
-        self.ledger.add(phase, row_bytes * (len(send) - send_sizes[self.rank]))
+        sent_bytes = row_bytes * (len(send) - send_sizes[self.rank])
+        self.ledger.add(phase, sent_bytes)
         received = send.new_empty(sum(receive_sizes), *send.shape[1:])
-        dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=self.process_group)
+        with self.marks.span(phase, self.name, sent_bytes, row_bytes * len(send)):
+            dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=self.process_group)
         return received
 
     def share(self, part: Tensor, sizes: list[int], phase: str) -> Tensor:

@@ -137,7 +137,10 @@ class ShardedReader:
             What `read` and `dot` take, of this reader and of readers of other tables with the same row cuts in
             the same group.
         """
-        routed = route(slot_index, self.row_cuts, merge=self.merge, backend=self.store.backend)
+        marks = self.group.marks
+        with marks.span("route"):
+            routed = route(slot_index, self.row_cuts, merge=self.merge, backend=self.store.backend)
+        marks.note("owned", [len(slot_index), *routed.sizes])
         receive_sizes, token_counts = self._sizes(slot_index, routed, token_counts)
         row_index = self._to_owners(routed.row_index, routed.sizes, receive_sizes)
         if routed.counts is None:

@@ -26,6 +26,7 @@ def sum_over_copies(rows: Tensor, grad: Tensor, group: MemberGroup, *, backend: 
         `8(G - 1) + (G - 1) U (4 + g D_j)` bytes for a group of G, g bytes an element; the host waits
         for the counts.
     """
+    group.marks.note("touched", [len(rows)])
     if group.size == 1:
         return rows, grad
     received = group.exchange_counts([[len(rows)]] * group.size, rows.device, "copy_sync")
@@ -34,4 +35,5 @@ def sum_over_copies(rows: Tensor, grad: Tensor, group: MemberGroup, *, backend: 
     all_grads = group.share(grad, sizes, "copy_sync")
     entries = torch.arange(len(all_rows), device=rows.device)
     ones = torch.ones(len(all_rows), dtype=grad.dtype, device=rows.device)
-    return reduce_rows(all_rows, ones, entries, all_grads, backend=backend)
+    with group.marks.span("reduce_rows"):
+        return reduce_rows(all_rows, ones, entries, all_grads, backend=backend)

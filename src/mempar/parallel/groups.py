@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from mempar.marks import Marks
 from mempar.parallel.collectives import MemberGroup
 from mempar.parallel.ledger import ByteLedger
 from mempar.parallel.ranks import RankGrid
@@ -43,6 +44,7 @@ def make_memory_groups(
     stages_of_memories: Sequence[tuple[int, ...]],
     tensor_group: dist.ProcessGroup | None,
     timeout: datetime.timedelta | None = None,
+    marks: Marks | None = None,
 ) -> tuple[MemoryGroups, list[dist.ProcessGroup]]:
     """Make the memory-parallel groups of the world; every rank must call it.
 
@@ -52,14 +54,16 @@ def make_memory_groups(
         stages_of_memories: for each memory of the model, the pipeline stages that hold its tables.
         tensor_group: megatron's tensor-parallel group; None where there is one rank in it.
         timeout: of their collectives; torch's own by default.
+        marks: take the time of them.
 
     Returns:
         This rank's groups, and the torch groups that were made here (to be destroyed at the end).
     """
     ledger = ByteLedger()
+    marks = marks or Marks()
     made: list[dist.ProcessGroup] = []
 
-    def join(rank_lists: list[list[int]]) -> MemberGroup:
+    def join(rank_lists: list[list[int]], name: str) -> MemberGroup:
         joined: dist.ProcessGroup | None = None
         for ranks in rank_lists:
             if len(ranks) == 1:
@@ -69,19 +73,20 @@ def make_memory_groups(
                 assert isinstance(group, dist.ProcessGroup)
                 joined = group
                 made.append(group)
-        return MemberGroup(joined, ledger)
+        return MemberGroup(joined, ledger, name=name, marks=marks)
 
     every_stage = tuple(sorted(set().union(*stages_of_memories)))
-    memory = join(grid.memory_groups(every_stage))
-    inside, across = join(grid.inside_groups(every_stage)), join(grid.across_groups(every_stage))
+    memory = join(grid.memory_groups(every_stage), "mp")
+    inside = join(grid.inside_groups(every_stage), "mp_inside")
+    across = join(grid.across_groups(every_stage), "mp_across")
     # Memories on the same stages have the same copies.
-    by_stages = {stages: join(grid.copy_groups(stages)) for stages in dict.fromkeys(stages_of_memories)}
+    by_stages = {stages: join(grid.copy_groups(stages), "copies") for stages in dict.fromkeys(stages_of_memories)}
     groups = MemoryGroups(
         memory=memory,
         inside=inside,
         across=across,
         copies=tuple(by_stages[stages] for stages in stages_of_memories),
-        tensor=MemberGroup(tensor_group, ledger),
+        tensor=MemberGroup(tensor_group, ledger, name="tp", marks=marks),
         ledger=ledger,
     )
     return groups, made

@@ -5,7 +5,7 @@ Columns are cut on tiles, because row statistics are kept per tile and must not 
 
 from dataclasses import dataclass
 
-from mempar.dims import TableSlice, even_cuts
+from mempar.dims import TableSlice, even_cut, even_cuts
 from mempar.errors import ConfigError
 
 # Rows of a shard are int32 on the wire and in gradient records.
@@ -76,18 +76,19 @@ class ShardPlan:
 
     def columns_of(self, member: int) -> tuple[int, int]:
         """First column and end of a member's shard."""
-        cuts = self.column_cuts
-        return cuts[self.column_shard(member)], cuts[self.column_shard(member) + 1]
+        tiles, shard = -(-self.value_dim // self.column_tile), self.column_shard(member)
+        start, end = (even_cut(tiles, self.num_column_shards, place) for place in (shard, shard + 1))
+        return start * self.column_tile, min(end * self.column_tile, self.value_dim)
 
     def part_of(self, member: int) -> TableSlice:
         """The slice of the table that a member holds."""
         column_start, column_end = self.columns_of(member)
-        cuts, row_shard = self.row_cuts, self.row_shard(member)
+        row_shard = self.row_shard(member)
         return TableSlice(
             num_slots=self.num_slots,
             value_dim=self.value_dim,
-            row_start=cuts[row_shard],
-            row_end=cuts[row_shard + 1],
+            row_start=even_cut(self.num_slots, self.num_row_shards, row_shard),
+            row_end=even_cut(self.num_slots, self.num_row_shards, row_shard + 1),
             column_start=column_start,
             column_end=column_end,
         )

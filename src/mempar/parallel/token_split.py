@@ -74,6 +74,7 @@ class TokenSplitReader:
         sizes = part_sizes(len(slot_index), self.group.size)
         cuts = even_cuts(len(slot_index), self.group.size)
         mine = slice(cuts[self.group.rank], cuts[self.group.rank + 1])
+        self.group.marks.note("split", [sizes[self.group.rank]])
         if token_counts is not None:
             token_counts = [
                 part_sizes(count, self.group.size)[tp_rank]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from mempar.errors import ConfigError
 from mempar.kernels.dispatch import Backend, choose_backend
+from mempar.marks import CudaClock, HostClock, Marks
 from mempar.parallel.groups import MemoryGroups, make_memory_groups
 from mempar.runtime import mcore
 from mempar.runtime.config import RunConfig
@@ -32,6 +33,7 @@ class World:
         placement: sizes of the dimensions, the tables' cuts and stages.
         groups: the memory dimension's groups; None for a dense model.
         made_groups: torch groups to be destroyed at the end.
+        marks: take the time of phases in steps for which they are turned on.
     """
 
     rank: int
@@ -41,6 +43,7 @@ class World:
     placement: Placement
     groups: MemoryGroups | None
     made_groups: list[dist.ProcessGroup]
+    marks: Marks
 
     def holds(self, memory: str) -> bool:
         """Whether this rank's stage holds a shard of a memory's tables."""
@@ -102,6 +105,8 @@ def lay_out(run: RunConfig) -> World:
     if run.train.dtype == "float64":
         keep_wide_logits(mcore.VocabParallelCrossEntropy)
         keep_wide_routing(mcore.moe_router)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    marks = Marks(CudaClock() if device.type == "cuda" else HostClock())
     groups, made = None, []
     if run.memories:
         tensor_group: Any = mcore.parallel_state.get_tensor_model_parallel_group() if sizes.tp > 1 else None
@@ -111,8 +116,8 @@ def lay_out(run: RunConfig) -> World:
             [memory.stages for memory in placement.memories.values()],
             tensor_group,
             timeout=datetime.timedelta(seconds=run.train.collective_timeout),
+            marks=marks,
         )
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return World(
         rank=rank,
         size=size,
@@ -121,6 +126,7 @@ def lay_out(run: RunConfig) -> World:
         placement=placement,
         groups=groups,
         made_groups=made,
+        marks=marks,
     )
 
 

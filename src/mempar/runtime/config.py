@@ -135,6 +135,11 @@ class RunConfig:
     def _check_context_parallel(self) -> None:
         cp, length = self.parallel.cp, self.train.seq_length
         tp = self.parallel.tp if self.parallel.sequence_parallel else 1
+        if cp > 1 and self.train.trace_steps:
+            raise ConfigError(
+                f"train.trace_steps={self.train.trace_steps} with parallel.cp={cp}: which positions context-parallel "
+                "ranks hold is not recorded; use parallel.cp=1, or train.trace_steps=0."
+            )
         if cp > 1 and (length % (2 * cp) or length // cp % tp):
             raise ConfigError(
                 f"train.seq_length={length} with parallel.cp={cp}: a sequence is cut into 2*cp = {2 * cp} equal "

@@ -21,6 +21,7 @@ class MemoryMLP(MemoryLayer):
         self.to(config.params_dtype)
         self.access = access
         self.balance = access.balance
+        self.marks = access.marks
         self.block = -1
         for param in self.parameters():
             # Dense parts see a share of the sequence: megatron sums these gradients over tensor ranks.
@@ -72,7 +73,9 @@ class MemoryMLP(MemoryLayer):
         counts = [length * current.batch.sample_counts[dp_rank] for dp_rank in access.member_dp_ranks]
         hook = access.hook_factory(self.block, length, current) if access.hook_factory is not None else None
         tokens = hidden_states[:, :num_samples].reshape(-1, width)
+        access.marks.enter(self.block, again=current.again)
         out = super().forward(tokens, access.readers, hook, counts).view(length, num_samples, width)
+        access.marks.leave()
         if num_samples < batch_size:
             out = torch.cat([out, out.new_zeros(length, batch_size - num_samples, width)], dim=1)
         return out, None

@@ -242,7 +242,8 @@ class Optimizers:
             rows, grads = gradients[table.name]
             grads.mul_(values_scales[table.memory])
             rate = factors.values[table.memory] * self.run.values_lr_of(table.config)
-            self.tables[table.name].update(rows, grads, rate)
+            with self.world.marks.span("row_update"):
+                self.tables[table.name].update(rows, grads, rate)
 
 
 def table_optimizer(run: RunConfig, table: Table) -> TableOptimizer:

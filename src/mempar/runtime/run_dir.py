@@ -7,6 +7,7 @@
     events.out.tfevents* TensorBoard
     lock, lock.ranks     held while the run goes on (lock.py)
     ranks/               signs of life while it does, and what ranks left behind if it failed
+    slots/               slots that the first steps of each launch read, where train.trace_steps asks for them
     launch/              what the run came from: command, commit, versions; what `mempar launch` submitted
 
 Nothing here imports torch.
@@ -22,6 +23,7 @@ from mempar.runtime.config import RunConfig
 from mempar.runtime.durable import replace_file
 from mempar.runtime.launch.lock import LOCK_NAME, RANKS_LOCK_NAME
 from mempar.runtime.overrides import load_yaml, to_yaml
+from mempar.runtime.slot_file import FOLDER
 
 # Settings that are compared, by section; None for all of a section.
 Compared = dict[str, tuple[str, ...] | None]
@@ -54,6 +56,7 @@ class RunDir:
         self.metrics = root / "metrics.jsonl"
         self.checkpoints = root / "checkpoints"
         self.ranks = root / "ranks"
+        self.slots = root / FOLDER
         self.launch = root / "launch"
 
     def checkpoint(self, step: int) -> Path:
@@ -86,11 +89,10 @@ def check_free(root: Path) -> None:
     """Refuse a directory in which something lies already, beside locks."""
     locks = (LOCK_NAME, RANKS_LOCK_NAME)
     if root.exists() and (not root.is_dir() or any(path.name not in locks for path in root.iterdir())):
-        what = "holds a run already" if RunDir(root).config.exists() else "exists and is not an empty directory"
-        raise ConfigError(
-            f"{root} {what}; a new run needs a directory of its own; continue that run with --resume, or choose "
-            "another --out."
-        )
+        is_run = RunDir(root).config.exists()
+        what = "holds a run already" if is_run else "exists and is not an empty directory"
+        remedy = "continue that run with --resume, or choose another --out" if is_run else "choose another --out"
+        raise ConfigError(f"{root} {what}; a new run needs a directory of its own; {remedy}.")
 
 
 def open_existing(root: Path, run: RunConfig) -> RunDir:
@@ -102,14 +104,19 @@ def open_existing(root: Path, run: RunConfig) -> RunDir:
     directory = RunDir(root)
     if not directory.config.exists():
         return open_new(root, run)
-    differing = differences(load_yaml(directory.config), run, _IDENTITY)
-    if differing:
-        raise ConfigError(
-            f"{root} holds another run: {'; '.join(differing)}; --resume continues the same model, data and batch; "
-            "give the same settings, or start a new run in another --out."
-        )
+    check_same_run(root, run)
     _write_config(directory, run)
     return directory
+
+
+def check_same_run(root: Path, run: RunConfig) -> None:
+    """Refuse to continue what a directory holds as another run; the message names the settings that differ."""
+    differing = differences(load_yaml(RunDir(root).config), run, _IDENTITY)
+    if differing:
+        raise ConfigError(
+            f"{root} holds another run: {'; '.join(differing)}; --resume continues the same model, data, batch and "
+            "optimizer; give the same settings, or start a new run in another --out."
+        )
 
 
 def _write_config(directory: RunDir, run: RunConfig) -> None:

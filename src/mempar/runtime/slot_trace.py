@@ -3,8 +3,8 @@
 A choice belongs to a (step, block, sample) and a position in the sequence. Ranks see different parts
 of that: other samples (data parallel), other blocks (pipeline), other positions (sequence parallel).
 A `SlotTrace` puts the parts together, so that a run in one layout can read the rows that a run in
-another chose, and two runs can be compared choice by choice. The engine itself never needs it:
-tests, studies and comparisons put a `SlotTracer` into `TableAccess.hook_factory`.
+another chose, and two runs can be compared choice by choice. The engine itself never needs it: tests, studies,
+comparisons and `train.trace_steps` (slot_recording.py) put a `SlotTracer` into `TableAccess.hook_factory`.
 """
 
 from typing import Any
@@ -15,12 +15,7 @@ from torch import Tensor
 
 from mempar.memory.layer import SlotHook
 from mempar.runtime.in_flight import Pass
-
-# (step, block, sample id)
-TraceKey = tuple[int, int, int]
-
-# What stands at positions that nobody recorded: no slot has this number.
-UNKNOWN = -1
+from mempar.runtime.slot_file import UNKNOWN, TraceKey
 
 
 class SlotTrace:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mempar.kernels.dispatch import TORCH, Backend
+from mempar.marks import Marks
 from mempar.memory.balance import BalanceMeter
 from mempar.memory.config import MemoryConfig
 from mempar.memory.layer import SlotHook
@@ -64,6 +65,7 @@ class TableAccess:
         balance: the balance losses of its layers' lookups.
         hook_factory: called with (block, positions, pass) before every lookup; recording or replaying slot
             choices in tests and studies. A layer that is computed again in backward calls it again.
+        marks: take the time of lookups.
         tally: counts the lookups of a training step that is watched; None in all others.
     """
 
@@ -74,8 +76,10 @@ class TableAccess:
         member_dp_ranks: list[int],
         value_dim: int,
         backend: Backend = TORCH,
+        marks: Marks | None = None,
     ) -> None:
         self.readers = readers
+        self.marks = marks or Marks()
         self.backend = backend
         self.in_flight = in_flight
         self.member_dp_ranks = member_dp_ranks
@@ -122,7 +126,9 @@ def make_tables(run: RunConfig, world: World, in_flight: InFlight) -> tuple[list
             tables += mine.values()
             readers = Readers(**{part: _reader(run, world, name, table.shard) for part, table in mine.items()})
             dp_ranks = [world.placement.grid.dp_rank(member) for member in _members(world)]
-            access[name] = TableAccess(readers, in_flight, dp_ranks, run.value_dim_of(config), world.backend)
+            access[name] = TableAccess(
+                readers, in_flight, dp_ranks, run.value_dim_of(config), world.backend, world.marks
+            )
     return tables, access
 
 
@@ -136,6 +142,7 @@ def _make_shard(run: RunConfig, world: World, memory: str, number: int) -> Value
         device=world.device,
         deposit_bytes=run.memories[memory].deposit_bytes,
         backend=world.backend,
+        marks=world.marks,
     )
 
 

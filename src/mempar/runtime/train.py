@@ -22,11 +22,13 @@ from mempar.runtime.layout_report import write_layout
 from mempar.runtime.metrics import MetricsLog, Terminal, peak_flops
 from mempar.runtime.model import build_model
 from mempar.runtime.optim import Optimizers, StepReport
+from mempar.runtime.profile.interval import IntervalProfile
 from mempar.runtime.progress import Progress
 from mempar.runtime.rollback import Watch
 from mempar.runtime.run_dir import RunDir
 from mempar.runtime.schedule import LrFactors, lr_factors
 from mempar.runtime.size import model_size
+from mempar.runtime.slot_recording import SlotRecorder
 from mempar.runtime.step import Stepper
 from mempar.runtime.usage import UsageMonitor, usage_lines
 
@@ -75,9 +77,11 @@ class Trainer:
             # A history that was not saved begins here.
             since = dict.fromkeys(run.memories, self.progress.step) | manifest.about.get(HISTORY_SINCE, {})
         self.usage = UsageMonitor(run, world, self.model, self.optimizers, since)
+        self.profile = IntervalProfile(run.train.profile_interval, world, self.model)
         self.keeper = Keeper(run, world, directory, self.model, self.optimizers, self._say)
         self.stepper.ballots.add(self.keeper)
         self.watch = Watch(run, world, directory, self.model, self.optimizers, self.progress)
+        self.recorder = SlotRecorder(self.stepper, self.model, directory.slots)
         write_layout(directory.layout, world, self.model, self.optimizers)
         self.terminal: Terminal | None = None
         self.log: MetricsLog | None = None
@@ -161,7 +165,8 @@ class Trainer:
         factors = lr_factors(self.run, progress.step)
         self.usage.watch(progress.step + 1)
         self.heartbeat.mark(Phase.FORWARD_BACKWARD, progress.step + 1)
-        report = self.stepper.train(batches, factors, self.watch.inspect)
+        with self.recorder.recording(progress.step), self.profile.step(progress.step + 1):
+            report = self.stepper.train(batches, factors, self.watch.inspect)
         progress.advance(
             applied=report.applied,
             loss=report.loss,
@@ -170,9 +175,9 @@ class Trainer:
             window=train.spike_window if train.spike_factor else 0,
         )
         self.heartbeat.mark(Phase.UPDATE, progress.step)
-        usage = self.usage.report(progress.step)
+        usage, profile = self.usage.report(progress.step), self.profile.report(progress.step)
         if self.world.is_main:
-            self._record(report, factors, time.monotonic() - started, usage)
+            self._record(report, factors, time.monotonic() - started, usage, profile)
 
     def _went_back(self) -> bool:
         """Tell of a spike and roll back if that is what to do; every rank must call it."""
@@ -195,7 +200,14 @@ class Trainer:
             self.log.write({**event, "rollbacks": rollbacks, "next_sample": self.progress.samples})
         return True
 
-    def _record(self, report: StepReport, factors: LrFactors, seconds: float, usage: dict[str, float]) -> None:
+    def _record(
+        self,
+        report: StepReport,
+        factors: LrFactors,
+        seconds: float,
+        usage: dict[str, float],
+        profile: dict[str, float],
+    ) -> None:
         assert self.log is not None and self.terminal is not None
         row: dict[str, Any] = {
             "step": self.progress.step,
@@ -214,6 +226,7 @@ class Trainer:
         if self.progress.skipped:
             row["skipped_steps"] = self.progress.skipped
         row.update(usage)
+        row.update(profile)
         if not report.applied:
             row["not_finite"] = self.watch.named
             self._say(f"step {self.progress.step} is skipped: its loss or gradient is not finite{self.watch.suspects}")

@@ -26,8 +26,12 @@ class TrainConfig:
     `spike_action` then is `report`, or `rollback`: the run goes back to the checkpoint before the spike and on
     with the data after it, at most `spike_max_rollbacks` times.
 
+    Every `profile_interval` steps the time and bytes of each phase go into metrics.jsonl (see profile/interval.py).
+
     `time_limit_minutes` (0: none) counts from the launch: the run saves and ends before a step that might not leave
     the time to save (see launch/stopping.py). Ranks wait for each other for `collective_timeout` seconds.
+
+    `trace_steps` records which slots the first steps of a launch read (see slot_recording.py).
     """
 
     steps: int = 100
@@ -49,8 +53,10 @@ class TrainConfig:
     spike_action: str = "report"
     spike_max_rollbacks: int = 3
     peak_tflops: float = 0.0
+    profile_interval: int = 0
     collective_timeout: int = 600
     time_limit_minutes: float = 0.0
+    trace_steps: int = 0
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -59,6 +65,7 @@ class TrainConfig:
         at_least("train", self, 1, "keep_checkpoints", "collective_timeout")
         at_least("train", self, 0, "steps", "seed", "save_interval", "heldout_interval", "heldout_samples")
         at_least("train", self, 0, "micro_batch_size", "spike_factor", "time_limit_minutes")
+        at_least("train", self, 0, "profile_interval", "trace_steps")
         at_least("train", self, 1, "spike_window", "spike_skips", "spike_max_rollbacks")
         one_of("train", self, "spike_action", SPIKE_ACTIONS)
         self._check_spikes()

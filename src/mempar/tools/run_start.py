@@ -61,6 +61,11 @@ def with_data(run: RunConfig, say: Callable[[str], None]) -> RunConfig:
     return run
 
 
+def nothing_to_continue(root: Path) -> str:
+    """What is said where --resume finds no run: a job that may be queued again is started with it from the first."""
+    return f"{root} holds no run to continue: a new one begins there"
+
+
 def _with_corpus(run: RunConfig, say: Callable[[str], None]) -> RunConfig:
     """Make a built-in corpus, or find it made, and fill in the paths."""
     if run.data.corpus not in CORPORA:

@@ -12,9 +12,9 @@ from mempar.runtime.launch.lock import RunLock
 from mempar.runtime.launch.stopping import Terminated, sigterm_raises
 from mempar.runtime.overrides import override
 from mempar.runtime.preflight import check_layout
-from mempar.runtime.run_dir import open_existing, open_new
+from mempar.runtime.run_dir import RunDir, open_existing, open_new
 from mempar.tools.launch.provenance import save, take
-from mempar.tools.run_start import find_checkpoint, root_of, with_data
+from mempar.tools.run_start import find_checkpoint, nothing_to_continue, root_of, with_data
 
 
 def train(
@@ -58,6 +58,8 @@ def train(
             if resume and load is not None:
                 check_same_data(load, run)
             with RunLock(root, say):
+                if resume and not RunDir(root).config.exists():
+                    say(nothing_to_continue(root))
                 directory = open_existing(root, run) if resume else open_new(root, run)
                 if resume:
                     # Whoever wrote here until now may have saved in the meantime.

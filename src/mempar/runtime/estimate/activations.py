@@ -11,6 +11,7 @@ norms, inputs and memory layers. `train.recompute=full` keeps a block's input al
 its modules. What is computed again exists for one block at a time.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -77,6 +78,13 @@ def experts_bytes(layout: Layout) -> int:
 
 def block_bytes(layout: Layout, block: int) -> BlockBytes:
     """One block's part of a micro-batch."""
+    key = ("bytes", layout.like[block])
+    if key not in layout.by_kind:
+        layout.by_kind[key] = _block_bytes(layout, block)
+    return layout.by_kind[key]
+
+
+def _block_bytes(layout: Layout, block: int) -> BlockBytes:
     run, tokens = layout.run, layout.tokens
     name = next((name for name, memory in run.memories.items() if block in memory.layers), "")
     memory = run.memories.get(name)
@@ -120,7 +128,8 @@ def chunk_bytes(layout: Layout, chunk: Chunk) -> int:
     """What a chunk keeps of a micro-batch, logits and what the loss keeps beside them left out."""
     run, tokens = layout.run, layout.tokens
     width = run.model.hidden_size
-    kept = sum(block_bytes(layout, block).kept for block in chunk.blocks)
+    kinds = Counter(layout.like[block] for block in chunk.blocks)
+    kept = sum(number * block_bytes(layout, block).kept for block, number in kinds.items())
     if run.train.recompute == "full":
         # RoPE's angles, once for all blocks.
         kept += layout.positions * width // run.model.num_attention_heads * _FLOAT32_BYTES
@@ -151,10 +160,9 @@ def logits_bytes(layout: Layout) -> int:
 
 
 def blocks_of(layout: Layout, stage: int) -> Iterator[BlockBytes]:
-    """The blocks of a stage."""
-    for chunk in layout.chunks_of(stage):
-        for block in chunk.blocks:
-            yield block_bytes(layout, block)
+    """The blocks of a stage, one of each kind."""
+    for block in {layout.like[block] for chunk in layout.chunks_of(stage) for block in chunk.blocks}:
+        yield block_bytes(layout, block)
 
 
 def buffer_bytes(layout: Layout, stage: int) -> int:

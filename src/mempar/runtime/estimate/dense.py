@@ -18,6 +18,7 @@ fused (TransformerEngine's or apex's): torch's own makes a copy of a moment of a
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mempar.runtime.estimate.layout import Layout
 from mempar.runtime.estimate.parameters import Parameter, parameters_of
@@ -60,9 +61,8 @@ def dense_bytes(layout: Layout, stage: int, rank: int | None = None) -> DenseByt
                 numel = sum(each.numel for each in members)
                 held, state = held + numel, state + numel
             else:
-                buckets = _buckets(members, num_copies)
-                held += buckets[-1].end if buckets else 0
-                shares = [sum(numbers) for numbers in zip(*(each.shares(num_copies) for each in buckets), strict=True)]
+                end, shares = _shared_out(tuple((each.numel, each.shared) for each in members), num_copies)
+                held += end
                 state += (max(shares) if place is None else shares[place]) if shares else 0
     return DenseBytes(
         weights=held * layout.value_bytes,
@@ -88,6 +88,17 @@ class _Bucket:
                 low = self.start + rank * share
                 found[rank] += min(last, low + share) - max(first, low)
         return found
+
+
+@lru_cache(maxsize=1024)
+def _shared_out(parameters: tuple[tuple[int, bool], ...], num_ranks: int) -> tuple[int, list[int]]:
+    """Elements of a buffer, gaps included, and those of parameters in each rank's share; by numel and `shared`.
+
+    Kept, because a planner asks for the same parameters on as many ranks in many layouts.
+    """
+    buckets = _buckets([Parameter(numel=numel, shared=shared) for numel, shared in parameters], num_ranks)
+    shares = [sum(numbers) for numbers in zip(*(each.shares(num_ranks) for each in buckets), strict=True)]
+    return (buckets[-1].end if buckets else 0), shares
 
 
 def _buckets(parameters: list[Parameter], num_ranks: int) -> list[_Bucket]:

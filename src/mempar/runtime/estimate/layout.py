@@ -6,6 +6,7 @@ and by a row, a column tile or an alignment at most.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from mempar.errors import ConfigError
 from mempar.memory.config import MemoryConfig
@@ -129,6 +130,19 @@ class Layout:
             )
             for start in starts
         ]
+
+    @cached_property
+    def by_kind(self) -> dict[tuple[str, int], Any]:
+        """What is known of one block of each kind, by what it is and the block: written and read by who computes it."""
+        return {}
+
+    @cached_property
+    def like(self) -> dict[int, int]:
+        """For each block the first one of its kind, whose sizes are the same."""
+        run, first = self.run, {}
+        names = {block: name for name, memory in run.memories.items() for block in memory.layers}
+        names |= dict.fromkeys(run.moe_layers, "moe")
+        return {block: first.setdefault(names.get(block, ""), block) for block in range(run.model.num_layers)}
 
     def memory_of(self, block: int) -> MemoryConfig | None:
         """The memory whose layer a block has."""

@@ -35,7 +35,10 @@ def parameters_of(layout: Layout, chunk: Chunk) -> list[Parameter]:
     shared = tied and layout.grid.pp > 1
     found = [Parameter(numel=embedding, shared=shared)] if chunk.is_first else []
     for block in chunk.blocks:
-        found += _block(layout, block)
+        key = ("parameters", layout.like[block])
+        if key not in layout.by_kind:
+            layout.by_kind[key] = _block(layout, block)
+        found += layout.by_kind[key]
     if chunk.is_last:
         found.append(Parameter(numel=width))
     # A stage that has the embedding too projects with that.

@@ -6,6 +6,8 @@ micro-batches ahead, then one forward and one backward in turns. Interleaved ove
 reverse order of chunks (megatron's schedules.py, get_pp_rank_microbatches and get_schedule_table).
 """
 
+from functools import lru_cache
+
 from mempar.runtime.estimate.layout import Layout
 
 
@@ -17,14 +19,18 @@ def largest_kept(layout: Layout, stage: int, chunk_bytes: list[int]) -> int:
         stage: the pipeline stage.
         chunk_bytes: what each of its chunks keeps of a micro-batch.
     """
-    return max(sum(chunk_bytes[chunk] for chunk, _ in alive) for alive in _in_flight(layout, stage))
+    pp, vpp = layout.grid.pp, layout.run.parallel.vpp
+    # More micro-batches than these repeat what was there before.
+    count = min(layout.batch.num_micro_batches, 3 * pp)
+    return max(
+        sum(number * size for number, size in zip(alive, chunk_bytes, strict=True))
+        for alive in _in_flight(pp, vpp, count, stage)
+    )
 
 
-def _in_flight(layout: Layout, stage: int) -> list[set[tuple[int, int]]]:
-    """(chunk, micro-batch) of what is in flight after every forward pass, of a step."""
-    pp, vpp, count = layout.grid.pp, layout.run.parallel.vpp, layout.batch.num_micro_batches
-    # More than these repeat what was there before.
-    count = min(count, 3 * pp)
+@lru_cache(maxsize=4096)
+def _in_flight(pp: int, vpp: int, count: int, stage: int) -> set[tuple[int, ...]]:
+    """How many micro-batches of each chunk are in flight after the forward passes of a step."""
     order = [
         (chunk, micro_batch)
         for first in range(0, count, pp)
@@ -33,12 +39,11 @@ def _in_flight(layout: Layout, stage: int) -> list[set[tuple[int, int]]]:
     ]
     ahead = pp - stage - 1 if vpp == 1 else 2 * (pp - stage - 1) + (vpp - 1) * pp
     ahead = min(ahead, len(order))
-    alive: set[tuple[int, int]] = set()
-    found = []
-    for place, part in enumerate(order):
-        alive = alive | {part}
-        found.append(alive)
+    alive = [0] * vpp
+    found = set()
+    for place, (chunk, _) in enumerate(order):
+        alive[chunk] += 1
+        found.add(tuple(alive))
         if place >= ahead:
-            chunk, micro_batch = order[place - ahead]
-            alive = alive - {(vpp - 1 - chunk, micro_batch)}
+            alive[vpp - 1 - order[place - ahead][0]] -= 1
     return found

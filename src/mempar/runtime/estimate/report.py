@@ -123,7 +123,11 @@ def estimate(run: RunConfig, num_ranks: int, vocab: int | None = None) -> Estima
     Raises:
         ConfigError: when the run does not fit that number of ranks.
     """
-    layout = Layout.of(run, num_ranks, vocab)
+    return estimate_layout(Layout.of(run, num_ranks, vocab), num_ranks)
+
+
+def estimate_layout(layout: Layout, num_ranks: int) -> Estimate:
+    """Estimate the memory of a run that is laid out on so many ranks."""
     stages = tuple(stage_bytes(layout, stage) for stage in range(layout.grid.pp))
     return Estimate(run=layout.run, num_ranks=num_ranks, stages=stages)
 

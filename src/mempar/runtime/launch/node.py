@@ -25,8 +25,9 @@ from mempar.runtime.launch.stopping import Terminated, sigterm_raises
 from mempar.runtime.launch.words import SILENCE_SECONDS, Listener, tell
 from mempar.runtime.run_dir import RunDir
 
-# An earlier start's ranks beyond a link that was down hold the run's lock until they miss their launcher.
-_LOCK_PATIENCE_SECONDS = SILENCE_SECONDS + 15.0
+# An earlier start's ranks beyond a link that was down hold the run's lock until they miss their launcher; that of a
+# node that died with it is kept by an NFS server for a lease: 90 seconds by default on Linux (nfsd(7), nfs4leasetime).
+_LOCK_PATIENCE_SECONDS = max(SILENCE_SECONDS, 90.0) + 15.0
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:

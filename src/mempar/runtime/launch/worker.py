@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from mempar.errors import DamagedError, MemparError
@@ -60,13 +61,19 @@ def run_rank(
         if not go_on or load is None:
             raise
         raise pass_over(load, paths, error, writes=world.is_main) from None
+    if load is not None and world.is_main:
+        print(f"{'goes on' if load.parent == paths.checkpoints else 'starts'} from {load}", flush=True)
     trainer.train()
     bringup.tear_down(world)
     dist.destroy_process_group()
 
 
-def main() -> int:
-    """Run a rank as a process of its own; returns the exit status."""
+def main(job: Callable[..., None] | None = None) -> int:
+    """Run a rank as a process of its own; returns the exit status.
+
+    Args:
+        job: what it does, with the arguments of `run_rank`; that unless given.
+    """
     parser = argparse.ArgumentParser(prog="mempar.runtime.launch.worker")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--load", type=Path, help="checkpoint to continue from")
@@ -95,7 +102,7 @@ def main() -> int:
                 # Works in native code too, where handlers in Python have to wait.
                 faulthandler.register(signal.SIGUSR1, file=heartbeat.stack_path.open("w"))
             launched = given.launched or time.time()
-            run_rank(paths, given.load, launched, stopping, heartbeat, go_on=given.go_on)
+            (job or run_rank)(paths, given.load, launched, stopping, heartbeat, go_on=given.go_on)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
         except Exception as error:

@@ -78,7 +78,8 @@ class _Ear:
         self._leave()
 
     def _leave(self) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        # Not SIGINT: shells start what they put in the background with that ignored.
+        os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_LEAVE_SECONDS)
         # The main thread may wait in native code, where nothing else reaches it.
         _exit(1)

@@ -25,7 +25,7 @@ from mempar.runtime.launch.stopping import Terminated, sigterm_raises
 from mempar.runtime.launch.supervisor import Supervisor
 from mempar.runtime.overrides import override
 from mempar.runtime.preflight import check_layout
-from mempar.runtime.run_dir import RunDir, open_existing, open_new
+from mempar.runtime.run_dir import RunDir, check_same_run, open_existing, open_new
 from mempar.tools.estimate_table import estimate_table
 from mempar.tools.launch import slurm
 from mempar.tools.launch.hostfile import Host, choose_hosts, read_hostfile
@@ -36,7 +36,7 @@ from mempar.tools.launch.provenance import save, take
 from mempar.tools.launch.reach import check_reachable
 from mempar.tools.launch.restarts import with_restarts
 from mempar.tools.launch.ssh import SshLaunch, commands, run_over_ssh, ssh_command
-from mempar.tools.run_start import find_checkpoint, root_of, with_data
+from mempar.tools.run_start import find_checkpoint, nothing_to_continue, root_of, with_data
 
 _SCRIPT = "job.sbatch"
 
@@ -50,6 +50,7 @@ class Request:
         assignments: `KEY=VALUE` overrides.
         place: one of `PLACES`.
         profile: of the cluster, with flags.
+        flags: of the cluster, that were given.
         nodes: None takes what the recipe is laid out for, or all hosts.
         per_node: ranks of a node; None takes what the profile, the hosts or the recipe say.
         hostfile: of --on ssh.
@@ -65,6 +66,7 @@ class Request:
     assignments: tuple[str, ...] = ()
     place: str
     profile: LaunchProfile
+    flags: tuple[str, ...] = ()
     nodes: int | None = None
     per_node: int | None = None
     hostfile: Path | None = None
@@ -77,7 +79,7 @@ class Request:
 
     def __post_init__(self) -> None:
         """Check options against each other."""
-        check_place(self.place, self.hostfile)
+        check_place(self.place, self.hostfile, self.flags)
         if self.max_restarts < 0:
             raise ConfigError(
                 f"--max-restarts {self.max_restarts} is negative; it is a number of restarts; use 0 or more."
@@ -123,7 +125,10 @@ def launch(request: Request, say: Callable[[str], None]) -> Path:
                 if not request.dry_run:
                     raise
                 missing = error
-            if not _is_new(made):
+            if request.resume and _is_new(made):
+                say(nothing_to_continue(made.root))
+            elif not _is_new(made):
+                check_same_run(made.root, made.run)
                 starting_point(RunDir(made.root), made.run, say)
             if request.dry_run:
                 _show(made, say)
@@ -145,14 +150,14 @@ def _resolve(request: Request, say: Callable[[str], None]) -> _Launch:
     run = override(find_recipe(request.recipe), request.assignments)
     hosts: tuple[Host, ...] = ()
     if request.hostfile is not None:
-        per_node = request.per_node or request.profile.nproc_per_node
+        per_node = _per_node(request)
         hosts = choose_hosts(read_hostfile(request.hostfile), request.hostfile, nodes=request.nodes, per_node=per_node)
         nodes, per_node = len(hosts), hosts[0].slots
     else:
         nodes, per_node = nodes_wanted(
             run,
             nodes=request.nodes,
-            per_node=request.per_node or request.profile.nproc_per_node,
+            per_node=_per_node(request),
             at_most=1 if request.place == "local" else None,
         )
     run = check_layout(run, nodes * per_node)
@@ -160,6 +165,11 @@ def _resolve(request: Request, say: Callable[[str], None]) -> _Launch:
     say(estimate_table(check_fits(run, nodes * per_node), run.hardware.kind))
     root = root_of(run, request.out, resume=request.resume, start_from=request.start_from)
     return _Launch(request=request, run=run, root=root, nodes=nodes, per_node=per_node, hosts=hosts)
+
+
+def _per_node(request: Request) -> int | None:
+    """Ranks of a node as asked for."""
+    return request.profile.nproc_per_node if request.per_node is None else request.per_node
 
 
 def _is_new(made: _Launch) -> bool:

@@ -8,13 +8,13 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mempar.errors import ConfigError
+from mempar.runtime.unique_names import UniqueNames
 from mempar.tools.launch.profile import LaunchProfile, SlurmConfig, SshConfig
 
 _SECTIONS = {"slurm": SlurmConfig, "ssh": SshConfig}
@@ -24,15 +24,8 @@ _NOTHING = ("", "null", "~")
 _WORDS = {str: "a text", int: "a whole number", bool: "true or false"}
 
 
-class _TextLoader(yaml.BaseLoader):
-    """Scalars as they are written; a name that comes twice is an error, where YAML's readers take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.YAMLError(f"{name} is there twice")
-        return super().construct_mapping(node, deep)
+class _TextLoader(UniqueNames, yaml.BaseLoader):
+    """Scalars as they are written."""
 
 
 def read_profile(path: Path) -> LaunchProfile:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from mempar.errors import ConfigError, MemparError
 from mempar.runtime.launch.stopping import Terminated, sigterm_raises
 
-# For ports and locks of the ranks that ended to be free again.
-_PAUSE_SECONDS = 3.0
+# For ports and locks of the ranks that ended to be free again; then twice as long each time, up to the most: what made
+# the run fail, such as a file system that is away, may need its time.
+_PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 3.0, 300.0
 
 
 def with_restarts(
@@ -50,4 +51,10 @@ def _start_until_well(
             if error.exit_status == ConfigError.exit_status or number > max_restarts or is_told_to_end():
                 raise
             say(f"{error}\nrestart {number} of {max_restarts}, from the last good checkpoint")
-        time.sleep(_PAUSE_SECONDS)
+        time.sleep(pause_seconds(number))
+
+
+def pause_seconds(number: int) -> float:
+    """How long is waited before restart `number`, counted from 1."""
+    # No power so large that it is no float.
+    return min(_PAUSE_SECONDS * 2 ** min(number - 1, 32), _MOST_PAUSE_SECONDS)

@@ -1,0 +1,55 @@
+"""What the page shows of one question: a title that answers it, a note on how to read it, and the drawing."""
+
+from dataclasses import dataclass
+
+# CSS pixels at which letters have their size: two plots stand side by side on a wide screen, a little enlarged, and one
+# on a phone, a little smaller.
+HALF, WHOLE = 420.0, 900.0
+LONGEST_NAME = 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """One plot.
+
+    Attributes:
+        name: for the page's elements.
+        title: what is seen.
+        note: how it was counted; may be empty.
+        svg: the drawing; empty where there is nothing to draw, which the title then says.
+        wide: whether it takes the whole width.
+    """
+
+    name: str
+    title: str
+    note: str = ""
+    svg: str = ""
+    wide: bool = False
+
+
+def short(name: str) -> str:
+    """A name that fits beside an axis."""
+    name = "".join(letter if letter.isprintable() else "?" for letter in name)
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def milliseconds(microseconds: float) -> str:
+    """A time for titles, in the unit that suits it."""
+    if microseconds >= 1e6:
+        return f"{microseconds / 1e6:.3g} s"
+    if microseconds >= 1e3:
+        return f"{microseconds / 1e3:.3g} ms"
+    return f"{microseconds:.3g} µs"
+
+
+def byte_count(num_bytes: float) -> str:
+    """Bytes for titles, in the unit that suits them; 1 kB is 1000 bytes."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.3g} {name}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def share(part: float) -> str:
+    """A share as percent."""
+    return f"{part:.0%}" if part == 0 or part >= 0.1 else f"{part:.1%}"
