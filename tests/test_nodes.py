@@ -286,6 +286,29 @@ def test_nodes_of_another_start_are_not_taken_for_these() -> None:
     assert met[0] is not None
 
 
+def test_head_keeps_the_store_until_the_others_have_left_it() -> None:
+    rendezvous = f"127.0.0.1:{free_port()}"
+    ranks = [
+        Node(name=str(rank), num_ranks=1, node_rank=rank, num_nodes=2, rendezvous=rendezvous, attempt="x")
+        for rank in range(2)
+    ]
+    left: list[int] = []
+
+    def head() -> None:
+        store = gather(ranks[0], 20.0, lambda: False)
+        nodes.part(ranks[0], store)
+        left.append(0)
+
+    thread = threading.Thread(target=head)
+    thread.start()
+    store = gather(ranks[1], 20.0, lambda: False)
+    time.sleep(0.5)
+    assert left == []
+    nodes.part(ranks[1], store)
+    thread.join(timeout=5.0)
+    assert left == [0]
+
+
 @pytest.mark.parametrize("wrong", ["", "host", "host:", "host:0", "host:70000", "host:x"])
 def test_meeting_place_must_be_host_and_port(wrong: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):

@@ -19,7 +19,7 @@ from pathlib import Path
 from mempar.errors import MemparError
 from mempar.runtime.launch.endings import BEFORE_STEPS, RankEnd, diagnose, is_own_fault
 from mempar.runtime.launch.heartbeat import not_writable
-from mempar.runtime.launch.nodes import Node, comes_true, gather, meeting_interface, this_host
+from mempar.runtime.launch.nodes import Node, comes_true, gather, meeting_interface, part, this_host
 from mempar.runtime.launch.stopping import heed_signals
 from mempar.runtime.launch.supervisor import Supervisor
 from mempar.runtime.overrides import load_yaml
@@ -161,7 +161,10 @@ def run_together(
     interface = meeting_interface(node, store)
     defaults = {**_DEFAULTS, **({"GLOO_SOCKET_IFNAME": interface} if interface else {})}
     try:
-        return _run_with_agent(command, node, defaults)
+        failed = _run_with_agent(command, node, defaults)
+        if not failed:
+            part(node, store)
+        return failed
     except RuntimeError as error:
         if comes_true(given_up):
             return None

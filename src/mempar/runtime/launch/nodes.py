@@ -8,6 +8,7 @@ look until the last one has come. torch is imported only for that.
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,14 @@ import psutil
 from mempar.errors import ConfigError, MemparError
 
 _POLL_SECONDS = 0.2
+_PART_SECONDS = 0.02
 # For the store of a launch that has just ended to leave its port.
 _PORT_PATIENCE_SECONDS = 5.0
 _STORE_SECONDS = 10
 # For the end of another node to be seen here.
 _NEWS_SECONDS = 3.0
+# What the head keeps the store for others, whose agents have just met in it for the last time.
+_FAREWELL_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,25 @@ def gather(node: Node, seconds: float, given_up: Callable[[], bool]) -> Any:
     if given_up():
         return None
     return _meet(node, host, port, until, given_up)
+
+
+def part(node: Node, store: Any) -> None:
+    """Leave the store when all nodes' ranks have ended well; every node must call it.
+
+    The head's process is the store's server: an agent still reading that all are done would lose it, and say so.
+
+    Args:
+        node: this one; there are several.
+        store: in which they have gathered.
+    """
+    others = [f"{node.attempt}/parted/{rank}" for rank in range(1, node.num_nodes)]
+    until = time.monotonic() + _FAREWELL_SECONDS
+    # Nobody is waited for who is gone already, or who cannot say so any more.
+    with suppress(RuntimeError):
+        if not node.is_head:
+            store.set(others[node.node_rank - 1], "")
+        while node.is_head and not store.check(others) and time.monotonic() < until:
+            time.sleep(_PART_SECONDS)
 
 
 def endpoint(rendezvous: str) -> tuple[str, int]:
