@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mempar import cli
+from command_line import mempar, refusal, said_as
 from toy_tokenizers import byte_level
 
 TINY = [
@@ -15,13 +15,6 @@ TINY = [
     "memory.num_subkeys=16", "memory.key_dim=16", "memory.top_k=4", "memory.column_tile=8", "train.seq_length=16",
     "train.heldout_samples=24", "train.steps=2", "data.trigram_baseline=false",
 ]  # fmt: skip
-
-
-def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["mempar", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 @pytest.mark.parametrize(
@@ -51,49 +44,33 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["prepare", "/nowhere", "--tokenizer", "byte", "--out", "x"], "/nowhere does not exist"),
         (["prepare", "/", "--tokenizer", "gpt2", "--out", "x"], "--tokenizer=gpt2 is not known"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=said_as,
 )
 def test_bad_input_gets_one_message_and_status_2(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    arguments: list[str],
-    message: str,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_main(monkeypatch, *arguments) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.startswith("mempar: ") and said.count("\n") == 1 and "Traceback" not in said
+    assert message in refusal(*arguments)
     assert not (tmp_path / "runs").exists()
 
 
-def test_occupied_directory_is_refused_and_untouched(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_occupied_directory_is_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: other\n")
-    assert run_main(monkeypatch, "train", "smoke", "--out", str(tmp_path)) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "holds a run already" in refusal("train", "smoke", "--out", str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
     assert (tmp_path / "config.yaml").read_text() == "name: other\n"
 
 
-def test_recipes_lists_and_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["mempar", "recipes", "--json"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    rows = json.loads(capsys.readouterr().out)
+def test_recipes_lists_and_prints() -> None:
+    rows = json.loads(mempar("recipes", "--json").out)
     keys = {"name", "total_params", "active_params", "memory_params", "flops_per_token", "gpus", "hardware"}
     assert all(keys <= row.keys() for row in rows)
-    monkeypatch.setattr(sys, "argv", ["mempar", "recipes", "smoke"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert "variant: memory_plus" in capsys.readouterr().out
+    assert "variant: memory_plus" in mempar("recipes", "smoke").out
 
 
-def mempar(*arguments: str) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).with_name("mempar")
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=240, check=False)
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = Path(sys.executable).with_name("mempar")
+    return subprocess.run([path, *arguments], capture_output=True, text=True, timeout=240, check=False)
 
 
 def rows_of(directory: Path) -> list[dict]:
@@ -107,9 +84,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_two_ranks_train_resume_and_refuse_like_one(cache: str, tmp_path: Path) -> None:
-    one = mempar("train", "smoke", *TINY, cache, "--out", f"{tmp_path}/one")
+    one = program("train", "smoke", *TINY, cache, "--out", f"{tmp_path}/one")
     assert one.returncode == 0, one.stderr
-    two = mempar("train", "smoke", *TINY, cache, "parallel.mp=2", "--out", f"{tmp_path}/two")
+    two = program("train", "smoke", *TINY, cache, "parallel.mp=2", "--out", f"{tmp_path}/two")
     assert two.returncode == 0, two.stderr
     assert "held-out loss after 0 steps: this model" in two.stdout and "memory switched off" in two.stdout
     rows = [rows_of(tmp_path / name) for name in ("one", "two")]
@@ -120,17 +97,17 @@ def test_two_ranks_train_resume_and_refuse_like_one(cache: str, tmp_path: Path) 
     layout = json.loads((tmp_path / "two" / "layout.json").read_text())
     assert [rank["groups"]["memory"] for rank in layout["ranks"]] == [[0, 1], [0, 1]]
     branch = ["--from", f"{tmp_path}/two/checkpoints/step_00000002", "--out", f"{tmp_path}/branch"]
-    again = mempar("train", "smoke", *TINY, cache, "train.steps=3", *branch)
+    again = program("train", "smoke", *TINY, cache, "train.steps=3", *branch)
     assert again.returncode == 0, again.stderr
     assert [row["step"] for row in rows_of(tmp_path / "branch")] == [2, 3, 3]
 
 
 def test_damaged_checkpoints_are_refused_and_named(cache: str, tmp_path: Path) -> None:
     run = [*TINY, cache, "parallel.mp=2", "--out", f"{tmp_path}/run"]
-    trained = mempar("train", "smoke", *run)
+    trained = program("train", "smoke", *run)
     assert trained.returncode == 0, trained.stderr
     saved = tmp_path / "run" / "checkpoints" / "step_00000002"
-    assert "is whole: step 2," in mempar("verify", str(saved)).stdout
+    assert "is whole: step 2," in program("verify", str(saved)).stdout
     (damaged, *_) = (saved / "tables" / "memory.values.exp_avg").iterdir()
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])
@@ -141,7 +118,7 @@ def test_damaged_checkpoints_are_refused_and_named(cache: str, tmp_path: Path) -
         ["train", "smoke", *TINY, cache, "train.steps=3", *branch],
         ["verify", str(saved)],
     ):
-        refused = mempar(*arguments)
+        refused = program(*arguments)
         assert refused.returncode == (1 if arguments[0] == "verify" else 2)
         assert f"{damaged} is damaged: the checksum of memory.values.exp_avg, rows " in refused.stderr
         assert refused.stderr.count("\n") == 1 and "Traceback" not in refused.stderr
@@ -150,14 +127,14 @@ def test_damaged_checkpoints_are_refused_and_named(cache: str, tmp_path: Path) -
 
 def test_experts_train_and_are_continued_on_other_ranks(cache: str, tmp_path: Path) -> None:
     experts = [*TINY, cache, "memory.enabled=false", "moe.num_experts=4", "moe.ffn_hidden_size=32", "moe.layers=[1,3]"]
-    two = mempar("train", "smoke", *experts, "parallel.ep=2", "--out", f"{tmp_path}/two")
+    two = program("train", "smoke", *experts, "parallel.ep=2", "--out", f"{tmp_path}/two")
     assert two.returncode == 0, two.stderr
     assert "4 experts in each of the blocks 1, 3, 2 on each rank (ep=2)" in two.stdout
     layout = json.loads((tmp_path / "two" / "layout.json").read_text())
     assert layout["sizes"]["ep"] == 2
     assert [rank["groups"]["expert"] for rank in layout["ranks"]] == [[0, 1], [0, 1]]
     branch = ["--from", f"{tmp_path}/two/checkpoints/step_00000002", "--out", f"{tmp_path}/branch"]
-    again = mempar("train", "smoke", *experts, "train.steps=3", *branch)
+    again = program("train", "smoke", *experts, "train.steps=3", *branch)
     assert again.returncode == 0, again.stderr
     rows = {name: rows_of(tmp_path / name) for name in ("two", "branch")}
     ended, begun = rows["two"][-1]["heldout_loss"], rows["branch"][0]["heldout_loss"]
@@ -168,16 +145,16 @@ def test_blend_of_prepared_data_trains_and_another_tokenizer_is_refused(tmp_path
     tokenizer = f"hf:{byte_level(tmp_path / 'hf')}"
     for name, repeats in (("a", 400), ("b", 50)):
         (tmp_path / f"{name}.txt").write_text(f"text of {name}, the memory and the rows of the table\n" * repeats)
-        made = mempar("prepare", f"{tmp_path}/{name}.txt", "--tokenizer", tokenizer, "--out", f"{tmp_path}/{name}")
+        made = program("prepare", f"{tmp_path}/{name}.txt", "--tokenizer", tokenizer, "--out", f"{tmp_path}/{name}")
         assert made.returncode == 0, made.stderr
         assert f"tokens of {tokenizer} (vocabulary 300, end of document 0), uint16" in made.stdout
     data = [
         "data.corpus=", f"data.paths=[{tmp_path}/a,{tmp_path}/b]", "data.weights=[0.25,0.75]",
         f"data.heldout_paths=[{tmp_path}/b]", f"data.tokenizer={tokenizer}",
     ]  # fmt: skip
-    whole = mempar("train", "smoke", *TINY, *data, "train.steps=3", "--out", f"{tmp_path}/whole")
+    whole = program("train", "smoke", *TINY, *data, "train.steps=3", "--out", f"{tmp_path}/whole")
     assert whole.returncode == 0, whole.stderr
     assert all(row["loss"] < 7 for row in rows_of(tmp_path / "whole") if "loss" in row)
-    refused = mempar("train", "smoke", *TINY, *data[:-1], "--out", f"{tmp_path}/refused")
+    refused = program("train", "smoke", *TINY, *data[:-1], "--out", f"{tmp_path}/refused")
     assert refused.returncode == 2 and "was prepared with hf:" in refused.stderr
     assert not (tmp_path / "refused").exists()

@@ -6,13 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mempar import cli
+from command_line import mempar, refusal, said_as
 from mempar.recipes import find_recipe
 from mempar.runtime.hardware import GPUS
 from mempar.runtime.hardware_file import hardware_yaml
@@ -26,26 +25,15 @@ from rank_pool import RankPool
 from toy import joined, train
 
 EIGHT_B, LARGEST = "8b_memory_plus_16m_128xh100_bf16", "1.3b_memory_plus_64m_64xh200_bf16"
-Main = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Main:
-    """The command line in a directory of its own: status, what it says, what it complains of."""
+@pytest.fixture(autouse=True)
+def _own_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mempar", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
 
-    return run
-
-
-def test_json_has_plans_best_first_and_reasons(main: Main) -> None:
-    status, out, _ = main("plan", EIGHT_B, "--gpus", "128", "--hardware", "h200", "--top", "3", "--json")
+def test_json_has_plans_best_first_and_reasons() -> None:
+    status, out, _ = mempar("plan", EIGHT_B, "--gpus", "128", "--hardware", "h200", "--top", "3", "--json")
     assert status == 0
     found = json.loads(out)
     assert (found["recipe"], found["gpus"], found["hardware"]) == (EIGHT_B, 128, "H200")
@@ -76,8 +64,8 @@ def test_json_has_plans_best_first_and_reasons(main: Main) -> None:
     assert found["own_layout"]["tp"] == 4
 
 
-def test_explanation_adds_up_and_says_what_others_lose(main: Main) -> None:
-    status, out, _ = main("plan", EIGHT_B, "--gpus", "128", "--hardware", "h200", "--explain", "--top", "3")
+def test_explanation_adds_up_and_says_what_others_lose() -> None:
+    status, out, _ = mempar("plan", EIGHT_B, "--gpus", "128", "--hardware", "h200", "--explain", "--top", "3")
     assert status == 0
     terms = re.findall(r"^  (\S+) +([\d,.]+) ms ", out, re.MULTILINE)
     total = re.search(r"^  sum +([\d,.]+) ms", out, re.MULTILINE)
@@ -98,20 +86,18 @@ def test_explanation_adds_up_and_says_what_others_lose(main: Main) -> None:
 
 
 @pytest.mark.parametrize("share", [0.9, 1.5])
-def test_memory_of_a_description_is_planned_for_where_a_launch_grants_it(
-    main: Main, tmp_path: Path, share: float
-) -> None:
+def test_memory_of_a_description_is_planned_for_where_a_launch_grants_it(tmp_path: Path, share: float) -> None:
     """The lesser of the two, and said: a launch judges by the kind of GPU."""
     kind = GPUS["h200"].memory_bytes
     (tmp_path / "other.yaml").write_text(
         hardware_yaml(dataclasses.replace(GPUS["h200"], memory_bytes=int(share * kind)))
     )
     for hardware, memory in (("other.yaml", int(min(share, 1.0) * kind)), ("h200", kind)):
-        _, out, _ = main("plan", "smoke", "--gpus", "2", "--hardware", hardware, "--json")
+        _, out, _ = mempar("plan", "smoke", "--gpus", "2", "--hardware", hardware, "--json")
         found = json.loads(out)
         assert found["memory_bytes"] == memory
         assert bool(found["memory_note"]) == (hardware == "other.yaml")
-        _, out, _ = main("plan", "smoke", "--gpus", "2", "--hardware", hardware)
+        _, out, _ = mempar("plan", "smoke", "--gpus", "2", "--hardware", hardware)
         note = re.search(r"planned for ([\d.]+) GiB: .* `mempar launch` judges by the 140.4 of", out)
         assert (note and float(note[1])) == (round(memory / 2**30, 1) if found["memory_note"] else None)
 
@@ -122,7 +108,7 @@ def test_memory_of_a_description_is_planned_for_where_a_launch_grants_it(
      ("", 8, 4, ("local", 1, 4))],
 )  # fmt: skip
 def test_command_that_is_printed_starts_the_planned_ranks(
-    main: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: str, gpus_per_node: int, gpus: int,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: str, gpus_per_node: int, gpus: int,
     started: tuple[str, int, int],
 ) -> None:  # fmt: skip
     """As a shell reads it, brackets, braces and spaces of values included; the same words in JSON."""
@@ -130,14 +116,14 @@ def test_command_that_is_printed_starts_the_planned_ranks(
     (tmp_path / "nodes.yaml").write_text(hardware_yaml(nodes))
     given = ["smoke", "more_memories=[{layers: [0], num_subkeys: 16, top_k: 4}]"]
     arguments = ("plan", *given, "--gpus", str(gpus), "--hardware", "nodes.yaml", "--top", "1")
-    status, out, _ = main(*arguments)
+    status, out, _ = mempar(*arguments)
     assert status == 0
     words = shlex.split(out.splitlines()[-1].removeprefix("to run the first: "))
-    _, out, _ = main(*arguments, "--json")
+    _, out, _ = mempar(*arguments, "--json")
     assert words == ["mempar", "launch", *json.loads(out)["plans"][0]["launch"]] and words[2:4] == given
     asked: list[launch_command.Request] = []
     monkeypatch.setattr(launch_command, "launch", lambda request, say: asked.append(request))
-    assert main(*words[1:])[0] == 0
+    assert mempar(*words[1:])[0] == 0
     request = asked[0]
     assert (request.place, request.nodes, request.per_node) == started
     run = override(find_recipe(request.recipe), request.assignments)
@@ -145,17 +131,17 @@ def test_command_that_is_printed_starts_the_planned_ranks(
     assert [memory.layers for memory in run.more_memories] == [(0,)]
 
 
-def test_plans_that_balance_over_other_tokens_say_so(main: Main) -> None:
+def test_plans_that_balance_over_other_tokens_say_so() -> None:
     """Reads that a rank looks up at a time are those of the recipe's layout, or a change of training."""
     arguments = ("plan", "smoke", "memory.balance_loss=0.01", "train.micro_batch_size=4", "--gpus", "4",
                  "--hardware", "h200", "--top", "40")  # fmt: skip
-    _, out, _ = main(*arguments, "--json")
+    _, out, _ = mempar(*arguments, "--json")
     plans = json.loads(out)["plans"]
     tokens = [plan["micro_batch_size"] * 128 // (plan["tp"] * plan["cp"]) for plan in plans]
     words = "memory.balance_loss is taken over {:,} tokens at a time instead of 512"
     assert [plan["changes"] for plan in plans] == [[] if each == 512 else [words.format(each)] for each in tokens]
     assert len(set(tokens)) > 2
-    _, out, _ = main(*arguments)
+    _, out, _ = mempar(*arguments)
     assert "CHANGE THE TRAINING" in out.splitlines()[0]
     other = next(each for each in tokens if each != 512)
     places = ", ".join(str(place) for place, each in enumerate(tokens, 1) if each == other)
@@ -188,8 +174,8 @@ def test_planning_imports_no_torch() -> None:
     assert "smoke on 2 H200" in done.stdout
 
 
-def test_changes_of_training_are_said_before_anything_else(main: Main) -> None:
-    status, out, _ = main("plan", LARGEST, "--gpus", "8", "--hardware", "h200", "--top", "1")
+def test_changes_of_training_are_said_before_anything_else() -> None:
+    status, out, _ = mempar("plan", LARGEST, "--gpus", "8", "--hardware", "h200", "--top", "1")
     assert status == 0
     first = out.splitlines()[0]
     assert "CHANGE ITS TRAINING" in first and "would fit on 16" in first
@@ -197,32 +183,32 @@ def test_changes_of_training_are_said_before_anything_else(main: Main) -> None:
     assert "memory.optimizer=row_adagrad" in out.splitlines()[-1] and "train.steps=476840" in out.splitlines()[-1]
 
 
-def test_what_fits_nowhere_ends_well_with_what_would_help(main: Main) -> None:
-    status, out, _ = main("plan", LARGEST, "--gpus", "1", "--hardware", "a100")
+def test_what_fits_nowhere_ends_well_with_what_would_help() -> None:
+    status, out, _ = mempar("plan", LARGEST, "--gpus", "1", "--hardware", "a100")
     assert status == 0 and out.startswith("nothing fits: ")
     assert "of these GPUs, with every setting as it is" in out and "memory.optimizer=row_adagrad" in out
-    status, out, _ = main("plan", LARGEST, "--gpus", "1", "--hardware", "a100", "--json")
+    status, out, _ = mempar("plan", LARGEST, "--gpus", "1", "--hardware", "a100", "--json")
     found = json.loads(out)
     assert status == 0 and found["plans"] == [] and found["enough_gpus"] > 16 and found["advice"]
 
 
-def test_where_nothing_fits_nothing_is_simulated_and_that_is_said(main: Main, tmp_path: Path) -> None:
+def test_where_nothing_fits_nothing_is_simulated_and_that_is_said(tmp_path: Path) -> None:
     arguments = ("plan", LARGEST, "--gpus", "1", "--hardware", "a100", "--simulate", "--trace", "trace.json")
-    status, out, _ = main(*arguments)
+    status, out, _ = mempar(*arguments)
     assert status == 0 and "simulated: nothing, and no trace is written: no layout fits" in out
-    status, out, _ = main(*arguments, "--json")
+    status, out, _ = mempar(*arguments, "--json")
     found = json.loads(out)
     assert status == 0 and found["simulation"] is None and "no layout fits" in found["simulation_reason"]
     assert not list(tmp_path.iterdir())
 
 
-def test_hardware_may_be_a_file_and_overrides_are_the_runs_own(main: Main, tmp_path: Path) -> None:
+def test_hardware_may_be_a_file_and_overrides_are_the_runs_own(tmp_path: Path) -> None:
     slow = dataclasses.replace(GPUS["h200"], label="slow H200", network_gb_per_s=5.0)
     (tmp_path / "slow.yaml").write_text(hardware_yaml(slow))
     arguments = ["plan", LARGEST, "memory.optimizer=row_adagrad", "memory.moments_dtype=float32", "--json", "--top=1"]
     found = {}
     for hardware in ("h200", "slow.yaml"):
-        status, out, _ = main(*arguments, "--hardware", hardware)
+        status, out, _ = mempar(*arguments, "--hardware", hardware)
         assert status == 0
         found[hardware] = json.loads(out)
     assert found["slow.yaml"]["hardware"] == "slow H200" and found["slow.yaml"]["gpus"] == 64
@@ -248,17 +234,12 @@ def test_hardware_may_be_a_file_and_overrides_are_the_runs_own(main: Main, tmp_p
         (["smoke", "--gpus", "8", "--hardware", "h200", "--explain", "--json"], "--explain with --json"),
         ([], "no recipe is given"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=said_as,
 )
-def test_bad_input_gets_one_message_and_status_2(
-    main: Main, tmp_path: Path, arguments: list[str], message: str
-) -> None:
+def test_bad_input_gets_one_message_and_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "bad.yaml").write_text("label: [\n")
     (tmp_path / "near.yaml").write_text("like: h200\nmatmul_shar: 1\n")
-    status, out, complaint = main("plan", *arguments)
-    assert status == 2 and not out
-    assert message in complaint
-    assert complaint.startswith("mempar: ") and complaint.count("\n") == 1 and "Traceback" not in complaint
+    assert message in refusal("plan", *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.yaml", "near.yaml"]
 
 

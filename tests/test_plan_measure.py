@@ -2,13 +2,12 @@
 
 import dataclasses
 import datetime
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from mempar import cli
+from command_line import mempar, refusal, said_as
 from mempar.errors import MemparError
 from mempar.parallel.links import Link
 from mempar.recipes import find_recipe
@@ -24,13 +23,6 @@ RATES = device_rates.DeviceRates(
 )  # fmt: skip
 
 
-def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["mempar", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
-
-
 def test_this_machine_is_measured_and_planned_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -38,8 +30,8 @@ def test_this_machine_is_measured_and_planned_for(
     threads = torch.get_num_threads()
     monkeypatch.setattr(measure, "measure_link", lambda: LINK)
     path = tmp_path / "here.yaml"
-    assert run_main(monkeypatch, "plan", "--measure", "--out", str(path)) == 0
-    assert f"--hardware {path}" in capsys.readouterr().out
+    said = mempar("plan", "--measure", "--out", str(path))
+    assert said.status == 0 and f"--hardware {path}" in said.out
     assert torch.get_num_threads() == threads
     here = load_hardware(path)
     assert here.gpu == "" and here.label.startswith("CPU, ")
@@ -54,8 +46,7 @@ def test_this_machine_is_measured_and_planned_for(
     )
     # What is there stays as it is.
     before = path.read_text()
-    assert run_main(monkeypatch, "plan", "--measure", "--out", str(path)) == 2
-    assert "is there already" in capsys.readouterr().err and path.read_text() == before
+    assert "is there already" in refusal("plan", "--measure", "--out", str(path)) and path.read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -109,19 +100,13 @@ def test_ranks_that_fail_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--measure", "--out", "none/x.yaml"], "--out none/x.yaml has no directory"),
         (["smoke", "--hardware", "h200", "--out", "x.yaml"], "--out without --measure"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=said_as,
 )
 def test_bad_input_gets_one_message_and_status_2(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    arguments: list[str],
-    message: str,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_main(monkeypatch, "plan", *arguments) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1 and "Traceback" not in said
+    assert message in refusal("plan", *arguments)
     assert not list(tmp_path.iterdir())
 
 

@@ -9,6 +9,7 @@ from mempar.errors import ConfigError
 from mempar.runtime.checkpoint.accept import open_checkpoint
 from mempar.runtime.checkpoint.manifest import Manifest
 from mempar.runtime.config import RunConfig
+from mempar.runtime.data.tokenizer import parse_spec
 from mempar.runtime.preflight import check_data
 from mempar.runtime.run_dir import RunDir, check_free
 from mempar.tools.missing_data import check_named_data
@@ -54,6 +55,8 @@ def with_data(run: RunConfig, say: Callable[[str], None]) -> RunConfig:
     Raises:
         ConfigError: for data that are not there, with the commands that make them, or that do not fit the run.
     """
+    # A name that is wrong is refused before a corpus is made.
+    parse_spec(run.data.tokenizer)
     if run.data.corpus and not run.data.paths:
         run = _with_corpus(run, say)
     check_named_data(run)
