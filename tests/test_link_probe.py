@@ -62,14 +62,13 @@ def sizes_sent(num_bytes: int, in_a_row: int) -> list[int]:
     sent: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         plain = dist.batch_isend_irecv
-        patch.setattr(link_probe, "_ROWS", 2)
         patch.setattr(dist, "batch_isend_irecv", lambda ends: sent.append(ends[1].tensor.numel()) or plain(ends))
-        link_probe._exchange_us(1 - dist.get_rank(), num_bytes, in_a_row, torch.device("cpu"))
+        link_probe._exchange_us(1 - dist.get_rank(), num_bytes, in_a_row, torch.device("cpu"), num_rows=2)
     return sent[: len(sent) // 2]
 
 
 def test_connections_are_warm_before_a_message_is_timed(pool: RankPool) -> None:
-    assert pool.run(2, sizes_sent, 5000, 3) == [[5000, 1, 5000, 5000, 5000]] * 2
+    assert pool.run(2, sizes_sent, 5000, 3) == [[5000] * 4] * 2
 
 
 @pytest.mark.parametrize("hosts", ["aab", "aba", "abab"])
