@@ -29,6 +29,7 @@ with warnings.catch_warnings():
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+    from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
@@ -91,6 +92,7 @@ __all__ = [
     "RotaryEmbedding",
     "ShardedTensor",
     "Split",
+    "StaticInferenceContext",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "VocabParallelCrossEntropy",
