@@ -3,7 +3,8 @@
 A mapping that cannot be written to counts neither as memory of the process nor towards `ulimit -d`, and what was read
 is the first that the kernel drops when memory is short; so a table may be larger than the machine's memory. A reader
 copies the distinct rows of some tokens out of the files, to the device that computes, and does there what `LocalReader`
-does with a whole table: the sums are the same bit for bit. Nothing is differentiated.
+does with a whole table: sums of rows are the same bit for bit (products with rows to rounding, which torch's operator
+lets depend on how a row lies in memory). Nothing is differentiated.
 
 Where the numbers lie in the files is the caller's business, and so is their truth: no checksum is looked at here.
 """
@@ -143,9 +144,10 @@ class MappedReader:
         x, weight = x.to(self.table.dtype), weight.to(torch.promote_types(self.table.dtype, torch.float32))
         sums = []
         for reads in _in_parts(found, 2 * self._token_bytes(found)):
-            tables = (reader._rows(reads, found.device) for reader in (down, self))
+            rows, down_rows = self._rows(reads, found.device), down._rows(reads, found.device)
             weights, part = weight[reads.tokens].reshape(-1), x[reads.tokens].contiguous()
-            sums.append(peer(*tables, reads.row_index, weights, reads.offsets, part, backend=self.backend)[0])
+            out, _ = peer(down_rows, rows, reads.row_index, weights, reads.offsets, part, backend=self.backend)
+            sums.append(out)
         return torch.cat(sums)
 
     def _rows(self, reads: _Reads, device: torch.device) -> Tensor:

@@ -143,7 +143,10 @@ def _block_specs(run: RunConfig, transformer: Any, access: dict[str, TableAccess
 
 def _dense_spec() -> Any:
     if mcore.HAS_TRANSFORMER_ENGINE:
-        return mcore.get_gpt_layer_with_transformer_engine_spec()
+        spec: Any = mcore.get_gpt_layer_with_transformer_engine_spec()
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = mcore.causal_past_the_prompt(attention.core_attention)
+        return spec
     dense: Any = mcore.get_gpt_layer_local_spec(normalization="RMSNorm")
     dense.submodules.input_layernorm = RMSNorm
     dense.submodules.pre_mlp_layernorm = RMSNorm

@@ -47,13 +47,17 @@ def weight_parts(model: Model) -> list[tuple[Box, Tensor]]:
     Every rank must call it. There need be no optimizer: what a checkpoint holds of one is not asked for.
     """
     sharded, _ = mcore.save_preprocess(_sharded_weights(model, _metadata()), validate_access_integrity=False)
-    items: Any = mcore.nested_values(sharded)
-    found = [item for item in items if isinstance(item, mcore.ShardedTensor)]
+    parts: list[tuple[Box, Tensor]] = []
+    item: Any
+    for item in mcore.nested_values(sharded):
+        if isinstance(item, mcore.ShardedTensor):
+            box, data = _box_of(item), item.data
+            assert data is not None
+            # A copy would be filled in vain: `view` refuses what is not contiguous.
+            parts.append((box, data.detach().view(box.sizes)))
     wanted = sum(param.numel() for chunk in model.chunks for param in chunk.parameters())
-    assert sum(item.data.numel() for item in found) == wanted, "megatron describes other parameters than there are"
-    # A copy would be filled in vain: `view` refuses what is not contiguous.
-    boxes = [_box_of(item) for item in found]
-    return [(box, item.data.detach().view(box.sizes)) for box, item in zip(boxes, found, strict=True)]
+    assert sum(box.num_elements for box, _ in parts) == wanted, "megatron describes other parameters than there are"
+    return parts
 
 
 class DenseTarget:
