@@ -20,7 +20,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop_tokens: Collection[int] = (),
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[list[int]]:
     """Continue prompts until a stop token, or as long as the context or `max_new_tokens` allow.
 
@@ -30,7 +30,8 @@ def generate(
         max_new_tokens: of each continuation.
         sampling: how tokens are chosen; greedily by default.
         stop_tokens: tokens that end a continuation.
-        on_token: called with the number of the prompt and a token as soon as that is chosen.
+        on_token: called with the number of the prompt and a token as soon as that is chosen; True ends that prompt's
+            continuation.
 
     Returns:
         The continuation of each prompt; the stop token that ended it is its last.
@@ -51,9 +52,8 @@ def generate(
                 continue
             token = chosen[place]
             texts[place].append(token)
-            if on_token is not None:
-                on_token(place, token)
-            if token in stop_tokens or len(texts[place]) == ends[place]:
+            over = on_token is not None and on_token(place, token)
+            if over or token in stop_tokens or len(texts[place]) == ends[place]:
                 running.remove(place)
         # A sequence that has ended goes on with its last token, unheard.
         step = torch.tensor([[text[min(done, len(text) - 1)]] for text in texts])

@@ -81,7 +81,7 @@ class OpenedModel:
         Raises:
             ConfigError: when it cannot be loaded, or is not that of the checkpoint.
         """
-        return _encoder(self.checkpoint, self.run, self.model.chunks[0].vocab_size)
+        return encoder_of(self.checkpoint, self.run, self.model.chunks[0].vocab_size)
 
 
 @contextmanager
@@ -185,7 +185,17 @@ def _num_tokens(run: RunConfig, embeddings: int) -> int:
         return min(embeddings, run.model.vocab_size or embeddings)
 
 
-def _encoder(checkpoint: Path, run: RunConfig, embeddings: int) -> Encoder:
+def encoder_of(checkpoint: Path, run: RunConfig, embeddings: int) -> Encoder:
+    """The tokenizer of a checkpoint, which need not be open.
+
+    Args:
+        checkpoint: where it lies, for the message.
+        run: that wrote it.
+        embeddings: that it has.
+
+    Raises:
+        ConfigError: when the tokenizer cannot be loaded, or is not that of the checkpoint.
+    """
     try:
         encoder = load_encoder(parse_spec(run.data.tokenizer))
     except ConfigError as error:
