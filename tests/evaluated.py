@@ -3,18 +3,13 @@
 import json
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch.distributed as dist
 
-import toy
-from hf_ranks import train_and_save
+from byte_models import byte_run, save_byte_model
 from mempar.runtime import bringup
-from mempar.runtime.config import RunConfig
-from mempar.runtime.data.tokenizer import BYTE_VOCAB
 
 LENGTH = 48
 # Three windows, the last of them with a context of more than a token.
@@ -82,22 +77,13 @@ def write_tasks(folder: Path, until: str = "\n\n") -> Path:
     return folder
 
 
-def byte_run(**settings: Any) -> RunConfig:
-    """A toy run that reads bytes."""
-    run = toy.toy_run(**settings)
-    train = replace(run.train, seq_length=LENGTH)
-    return replace(run, name="toy", model=replace(run.model, vocab_size=BYTE_VOCAB), train=train)
-
-
-def save_toy(folder: Path, **settings: Any) -> Path:
-    """Train a toy that reads bytes for two steps, in this process, and save it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "VOCAB", BYTE_VOCAB)
-        bringup.join_world()
-        try:
-            train_and_save(byte_run(**settings), folder)
-        finally:
-            dist.destroy_process_group()
+def save_toy(folder: Path) -> Path:
+    """Save a toy that reads bytes, in this process."""
+    bringup.join_world()
+    try:
+        save_byte_model(byte_run(LENGTH), folder)
+    finally:
+        dist.destroy_process_group()
     return folder
 
 

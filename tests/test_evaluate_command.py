@@ -25,7 +25,7 @@ from mempar.errors import ConfigError, MemparError
 from mempar.runtime.data.encoders import ByteEncoder
 from mempar.runtime.data.manifest import read_index
 from mempar.runtime.data.tokenizer import BYTE_VOCAB, parse_spec
-from mempar.runtime.inference import opened as opening
+from mempar.runtime.inference import tokens as vocabulary
 from mempar.runtime.inference.opened import open_model
 from mempar.tools.evaluate import command, options
 from mempar.tools.evaluate.command import evaluate
@@ -170,10 +170,10 @@ def test_command_says_and_writes_what_the_harness_found(toy: Toy, tmp_path: Path
     assert found["toy_choices"]["num_fewshot"] == 1 and found["toy_writing"]["num_fewshot"] == 0
     assert 0 <= found["toy_choices"]["metrics"]["acc,none"] <= 1 and found["toy_choices"]["stderr"]["acc,none"] > 0
     assert found["toy_texts"]["metrics"]["bits_per_byte,none"] > 5
-    assert document["checkpoint"]["step"] == 2 and document["checkpoint"]["run"] == "toy"
+    assert document["checkpoint"]["step"] == 0 and document["checkpoint"]["run"] == "run"
     assert document["settings"].items() >= settings.items() and document["versions"]["lm-eval"] == version("lm-eval")
     text = "\n".join(said)
-    assert text.startswith("toy, step 2") and all(name in text for name in ("toy_choices", "toy_writing", "± "))
+    assert text.startswith("run, step 0") and all(name in text for name in ("toy_choices", "toy_writing", "± "))
     assert any("toy_choices: " in note and "lost their beginnings" in note for note in results.notes)
     assert "- no examples in prompts of toy_writing" in text
 
@@ -273,11 +273,11 @@ def test_loss_of_some_windows_and_without_a_tokenizer(
     def missing(spec: Any) -> None:
         raise ConfigError("it is not there")
 
-    monkeypatch.setattr(opening, "load_encoder", missing)
+    monkeypatch.setattr(vocabulary, "load_encoder", missing)
     results, said = run(checkpoint, data=(data,), samples=2, out=tmp_path / "found.json")
     assert results.losses[0].bits_per_byte is None and "- bits a byte are not known: " in "\n".join(said)
     assert json.loads((tmp_path / "found.json").read_text())["data"][0]["bits_per_byte"] is None
-    with pytest.raises(ConfigError, match=r"the tokenizer of .* cannot be used: it is not there"):
+    with pytest.raises(ConfigError, match=r"the tokenizer of .* is missing: it is not there"):
         run(checkpoint, tasks=("any",))
     Path(f"{data}.json").rename(tmp_path / "few.json")
     with pytest.raises(ConfigError, match="it is not there"):

@@ -22,13 +22,15 @@ from hf_exports import MODELS, Exported, exporter
 from hf_ranks import carry_out, train_and_save, whole
 from mempar.errors import CheckpointError
 from mempar.runtime.checkpoint.manifest import WEIGHTS
+from mempar.runtime.inference.generation import generate
+from mempar.runtime.inference.opened import open_model
 from mempar.tools.convert.checkpoint_source import CheckpointSource
 from mempar.tools.convert.hf import model_files, safetensors_file
 from mempar.tools.convert.hf.from_hf import HfSource
 from mempar.tools.convert.hf.tensor_names import rows_name
 from mempar.tools.convert.hf.to_hf import DIGESTS, TABLES_INDEX, WEIGHTS_INDEX, plan_hf
 from rank_pool import RankPool
-from toy import toy_run
+from toy import VOCAB, toy_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_apart")
 
@@ -82,6 +84,26 @@ def test_generation_with_cache_is_generation_without(name: str, export: Callable
     with_cache = model.generate(prompt, use_cache=True, **ask)
     assert with_cache.shape[1] == 17
     assert torch.equal(with_cache, model.generate(prompt, use_cache=False, **ask))
+
+
+def continue_with_the_engine(saved: Path, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """On a rank."""
+    with open_model(saved, tables="mapped") as opened:
+        return generate(opened.forward, prompts, max_new_tokens=max_new_tokens)
+
+
+@pytest.mark.parametrize("name", ["dense", "memory_plus-gqa-norms-gate", "peer", "memory_plus+moe"])
+def test_generation_is_that_of_the_engine(name: str, export: Callable[..., Exported], pool: RankPool) -> None:
+    exported = export(name)
+    prompt = exported.tokens[:1, :5].expand(3, -1).clone()
+    prompt[:, 2] = torch.tensor([7, 8, 9])
+    ask = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    # Tokens that do not exist have embeddings, but the engine never takes them.
+    none = list(range(VOCAB, 64))
+    expected = exported.load().generate(prompt, suppress_tokens=none, **ask)[:, 5:]
+    assert expected.unique().numel() > 3
+    (found,) = pool.run(1, continue_with_the_engine, exported.saved, prompt.tolist(), 10)
+    assert found == expected.tolist()
 
 
 def test_padding_on_the_left_changes_nothing(export: Callable[..., Exported]) -> None:

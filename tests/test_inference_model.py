@@ -12,8 +12,8 @@ from hf_exports import MODELS
 from hf_ranks import train_and_save
 from mempar.errors import CheckpointError, ConfigError
 from mempar.runtime.bringup import tear_down
-from mempar.runtime.config import RunConfig
 from mempar.runtime.checkpoint.manifest import read_manifest
+from mempar.runtime.config import RunConfig
 from mempar.runtime.inference.checkpoint import find_checkpoint
 from mempar.runtime.inference.forward import Forward
 from mempar.runtime.inference.opened import open_model

@@ -24,13 +24,13 @@ from mempar.runtime.bringup import World
 from mempar.runtime.checkpoint.accept import read_config
 from mempar.runtime.checkpoint.manifest import Manifest, read_manifest
 from mempar.runtime.config import DTYPES, CheckpointConfig, KernelsConfig, ParallelConfig, RunConfig
-from mempar.runtime.data.encoders import Encoder, load_encoder
-from mempar.runtime.data.tokenizer import parse_spec, vocab_size
+from mempar.runtime.data.encoders import Encoder
 from mempar.runtime.host_memory import available_bytes
 from mempar.runtime.in_flight import InFlight
 from mempar.runtime.inference.forward import Forward
 from mempar.runtime.inference.mapping import map_readers
-from mempar.runtime.inference.weights import padded_vocab, read_weights
+from mempar.runtime.inference.tokens import encoder_of, num_tokens_of, padded_vocab
+from mempar.runtime.inference.weights import read_weights
 from mempar.runtime.model import Model, build_for_reading
 from mempar.runtime.placement import resolve
 from mempar.runtime.tables import access_through, make_tables
@@ -81,7 +81,7 @@ class OpenedModel:
         Raises:
             ConfigError: when it cannot be loaded, or is not that of the checkpoint.
         """
-        return encoder_of(self.checkpoint, self.run, self.model.chunks[0].vocab_size)
+        return encoder_of(self.manifest, self.run)
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def open_model(checkpoint: Path, *, tables: Tables = "auto", dtype: str = "") ->
 
 def _open(checkpoint: Path, run: RunConfig, manifest: Manifest, world: World, tables: Tables) -> OpenedModel:
     embeddings = padded_vocab(manifest)
-    num_tokens = _num_tokens(run, embeddings)
+    num_tokens = num_tokens_of(run, embeddings)
     if tables == "auto":
         tables = "memory" if table_bytes(run) <= _SHARE_OF_MEMORY * _free_bytes(world.device) else "mapped"
     in_flight = InFlight(runs_again=False)
@@ -175,37 +175,3 @@ def _reading_memory(saved: RunConfig, memory: MemoryConfig) -> MemoryConfig:
     """A memory with its table in the type that it was saved in, and without what only updates ask for."""
     stored = saved.table_dtype_of(memory)
     return replace(memory, dtype="" if stored == "float64" else stored, rounding="master", moments_dtype="float32")
-
-
-def _num_tokens(run: RunConfig, embeddings: int) -> int:
-    """Tokens of the tokenizer; where neither prepared data nor the tokenizer are there to say it, all embeddings."""
-    try:
-        return min(embeddings, vocab_size(run))
-    except ConfigError:
-        return min(embeddings, run.model.vocab_size or embeddings)
-
-
-def encoder_of(checkpoint: Path, run: RunConfig, embeddings: int) -> Encoder:
-    """The tokenizer of a checkpoint, which need not be open.
-
-    Args:
-        checkpoint: where it lies, for the message.
-        run: that wrote it.
-        embeddings: that it has.
-
-    Raises:
-        ConfigError: when the tokenizer cannot be loaded, or is not that of the checkpoint.
-    """
-    try:
-        encoder = load_encoder(parse_spec(run.data.tokenizer))
-    except ConfigError as error:
-        raise ConfigError(
-            f"the tokenizer of {checkpoint} cannot be used: {error} The path is that of the run's data.tokenizer, from "
-            "the directory where it was started; text needs it, tokens do not."
-        ) from None
-    if encoder.vocab_size > embeddings:
-        raise ConfigError(
-            f"the tokenizer {run.data.tokenizer} has {encoder.vocab_size} tokens, and {checkpoint} {embeddings} "
-            "embeddings; a model is used with the tokenizer of its data; put that one back in its place."
-        )
-    return encoder

@@ -68,7 +68,9 @@ class Sampler:
 
 def _kept(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Probabilities `[b, V]` in descending order, zero where they are not drawn from, and their tokens `[b, V]`."""
-    probability = (logits.double() / sampling.temperature).softmax(-1)
+    # Below their maximum logits stay finite, or go to minus infinity, whatever divides them.
+    below = logits.double() - logits.amax(-1, keepdim=True)
+    probability = (below / sampling.temperature).softmax(-1)
     probability, order = probability.sort(dim=-1, descending=True, stable=True)
     # A token stays while those before it do not make up top_p; the first stays always.
     before = probability.cumsum(-1) - probability

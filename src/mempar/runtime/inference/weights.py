@@ -6,29 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mempar.errors import CheckpointError
 from mempar.runtime.checkpoint.boxes import Box, whole_box
 from mempar.runtime.checkpoint.dense import weight_parts
 from mempar.runtime.checkpoint.manifest import Manifest
 from mempar.runtime.checkpoint.reading import Reader
 from mempar.runtime.checkpoint.shard_file import dtype_name
 from mempar.runtime.model import Model
-
-_EMBEDDING = "embedding.word_embeddings.weight"
-
-
-def padded_vocab(manifest: Manifest) -> int:
-    """Embeddings of a checkpoint, padding included.
-
-    Raises:
-        CheckpointError: when it has none.
-    """
-    record = manifest.tensors.get(_EMBEDDING)
-    if record is None or len(record.shape) != 2:
-        raise CheckpointError(
-            f"{manifest.root} has no embeddings ({_EMBEDDING}); a checkpoint holds a whole model; use another one."
-        )
-    return record.shape[0]
 
 
 def read_weights(manifest: Manifest, model: Model) -> None:

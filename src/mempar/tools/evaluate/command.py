@@ -7,7 +7,7 @@ model is opened.
 import json
 import random
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ from mempar.runtime.data import manifest as data_manifest
 from mempar.runtime.data.encoders import Encoder
 from mempar.runtime.durable import replace_file
 from mempar.runtime.inference.checkpoint import find_checkpoint
-from mempar.runtime.inference.opened import Tables, encoder_of
-from mempar.runtime.inference.weights import padded_vocab
+from mempar.runtime.inference.tokens import encoder_of, padded_vocab
 from mempar.tools.evaluate import report
 from mempar.tools.evaluate.bar import bar
 from mempar.tools.evaluate.heldout import Loss, Stream, measure, open_tokens
@@ -30,6 +29,7 @@ from mempar.tools.evaluate.sizes import BatchSizes
 from mempar.tools.evaluate.tasks import find_tasks, harness, load_tasks, set_up
 from mempar.tools.evaluate.work import score_rows
 from mempar.tools.evaluate.workers import Map, open_workers
+from mempar.tools.generate.command import check_tables
 
 # Of metrics whose standard error has no closed form.
 _BOOTSTRAPS = 1000
@@ -47,18 +47,14 @@ def evaluate(request: Request, say: Callable[[str], None]) -> Results:
         MemparError: when a worker dies, or the file cannot be written.
     """
     request.check()
-    if request.tables not in get_args(Tables):
-        raise ConfigError(
-            f"--tables {request.tables} is not known; it is {', '.join(get_args(Tables))}; use one of them."
-        )
-    tables: Any = request.tables
+    tables = check_tables(request.tables)
     checkpoint = find_checkpoint(request.checkpoint)
     manifest = read_manifest(checkpoint)
     results = Results(checkpoint=checkpoint, manifest=manifest, run=read_config(manifest))
     embeddings = padded_vocab(manifest)
     sizes = BatchSizes(given=request.batch_size, embeddings=embeddings)
     streams = _open_data(request, results, embeddings)
-    loaded, encoder = _open_tasks(request, results, embeddings)
+    loaded, encoder = _open_tasks(request, results)
     with open_workers(checkpoint, count=request.nproc, tables=tables) as spread:
         for stream in streams:
             results.losses.append(_loss(stream, request.samples, sizes, spread))
@@ -83,7 +79,7 @@ def _open_data(request: Request, results: Results, embeddings: int) -> list[Stre
     made = {prefix: data_manifest.read_manifest(prefix) for prefix in request.data}
     encoder: Encoder | None = None
     try:
-        encoder = encoder_of(results.checkpoint, results.run, embeddings)
+        encoder = encoder_of(results.manifest, results.run)
     except ConfigError as error:
         # Manifests say what ends a document; of other data only the tokenizer knows.
         if None in made.values():
@@ -118,11 +114,11 @@ def _loss(stream: Stream, samples: int | None, sizes: BatchSizes, spread: Map) -
         return measure(stream, samples=samples, batch_size=sizes.rows(stream.max_length), score=score)
 
 
-def _open_tasks(request: Request, results: Results, embeddings: int) -> tuple[dict[str, Any] | None, Encoder | None]:
+def _open_tasks(request: Request, results: Results) -> tuple[dict[str, Any] | None, Encoder | None]:
     """The tasks as the harness has loaded them, and the tokenizer."""
     if not request.tasks:
         return None, None
-    encoder = encoder_of(results.checkpoint, results.run, embeddings)
+    encoder = encoder_of(results.manifest, results.run)
     manager, results.asked = find_tasks(request.tasks, request.task_dir)
     loaded = load_tasks(manager, results.asked, allow_code=request.allow_code)
     results.notes += set_up(loaded["tasks"], num_fewshot=request.num_fewshot, seed=request.seed)
