@@ -97,17 +97,17 @@ def test_texts_end_with_the_document_and_with_the_context(
         return encoder
 
     monkeypatch.setattr(command, "encoder_of", with_another_end)
-    _, out, err = main(saved, "--prompt", prompt, *drawing, "--json")
-    (ended,) = json.loads(out)["results"]
     end = full["tokens"].index(full["tokens"][3]) + 1
-    assert (ended["tokens"], ended["ended_by"]) == (full["tokens"][:end], "end_of_document")
-    assert "[the document ended: " in main(saved, "--prompt", prompt, *drawing)[2]
+    assert f"[the document ended: {end} tokens after " in main(saved, "--prompt", prompt, *drawing)[2]
 
 
 def test_seeds_draw_other_texts(saved: Path, main: Main) -> None:
-    ask = (saved, "--prompt", "a", "--max-tokens", 12, "--temperature", 1.0)
-    texts = [main(*ask, "--seed", seed)[1] for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
+    ask = (saved, "--max-tokens", 12, "--temperature", 1.0, "--json")
+    (first, again), (other,) = (
+        [each["tokens"] for each in json.loads(main(*ask, *more)[1])["results"]]
+        for more in (("--prompt", "a", "--prompt", "a"), ("--prompt", "a", "--seed", 2))
+    )
+    assert first == again != other
 
 
 def test_terminals_are_not_controlled(monkeypatch: pytest.MonkeyPatch) -> None:
