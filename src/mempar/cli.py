@@ -13,6 +13,8 @@ from mempar import __version__
 from mempar.errors import MemparError
 from mempar.tools.convert.options import convert
 from mempar.tools.doctor.options import doctor
+from mempar.tools.evaluate.options import evaluate
+from mempar.tools.generate.options import generate
 from mempar.tools.launch.options import launch
 from mempar.tools.options import Out, Overrides, Recipe, Resume, StartFrom
 from mempar.tools.plan.options import plan
@@ -97,6 +99,8 @@ def recipes(
 # In the order in which help lists them.
 for _command in (train, launch, prepare, recipes, plan, profile, doctor, verify, convert):
     app.command()(_command)
+app.command("eval")(evaluate)
+app.command()(generate)
 
 
 def main() -> None:
