@@ -9,8 +9,8 @@ from PIL import Image
 
 from browser import Browser
 from mempar.tools.profile.page.document import render_page
+from page_reader import HOSTILE
 from profile_reports import made_up_profile
-from test_profile_page import HOSTILE
 
 pytestmark = pytest.mark.cluster
 
