@@ -1,0 +1,1 @@
+"""`mempar generate`: texts continued by a checkpoint, and how fast that is."""
