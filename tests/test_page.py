@@ -14,7 +14,9 @@ from PIL import Image
 
 from mempar.errors import ConfigError
 from mempar.tools.page.axes import SERIES, legend_above, name_bars, series
+from mempar.tools.page.bins import by_powers, powers, range_label
 from mempar.tools.page.document import embedded_json, render_document
+from mempar.tools.page.heat import LEVELS, level_of, paint_heat
 from mempar.tools.page.picture import draw_picture
 from mempar.tools.page.plot import Plot, byte_count, milliseconds, share, short
 from mempar.tools.page.svg import INK, draw
@@ -121,3 +123,21 @@ def test_plots_need_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_series_come_again() -> None:
     assert series(len(SERIES) + 1)[-1] == SERIES[0] and len({colour for colour, _ in SERIES}) == len(SERIES)
+
+
+def test_heat_maps_are_a_few_paths_of_shades() -> None:
+    values = [[row * column / 30 for column in range(40)] for row in range(20)]
+    rows, columns = [f"row {row}" for row in range(20)], [f"{column}" for column in range(40)]
+    svg = draw("map", 600.0, 300.0, lambda axes: paint_heat(axes, values, rows, columns, "share"))
+    # The darkest is the largest number, which the legend has.
+    shades = {float(found) for found in re.findall(r"(?<!stroke-)opacity: ([\d.]+)", svg)}
+    assert shades >= {shade / LEVELS for shade in range(1, LEVELS)}
+    assert svg.count("<path") < 250 and len(svg) < 250_000
+    assert [level_of(part) for part in (0.0, 0.4 / LEVELS, 0.6 / LEVELS, 1.0)] == [0, 0, 1, LEVELS]
+    assert draw("empty", 200.0, 100.0, lambda axes: paint_heat(axes, [[0.0]], ["a"], ["b"], "share"))
+
+
+def test_bins_are_powers_of_two() -> None:
+    assert powers(9) == [0, 1, 2, 4, 8] and powers(0) == [0, 1]
+    assert by_powers([(0, 5), (1, 1), (2, 2), (3, 4), (1000, 1)]) == {0: 5, 1: 1, 2: 6, 512: 1}
+    assert [range_label(low) for low in (0, 1, 2, 512, 1024, 1 << 20)] == ["0", "1", "2–3", "512–1023", "1k+", "1M+"]  # noqa: RUF001

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from mempar.tools.page.axes import legend_above, series
+from mempar.tools.page.bins import powers, range_label
 from mempar.tools.page.plot import Plot, share, short
 from mempar.tools.page.svg import MUTED
 from mempar.tools.profile.report import Report, TableReads
@@ -78,7 +79,7 @@ def row_skew(report: Report) -> Plot:
     if not tables:
         return Plot(name=name, title=_NONE)
     shares = {table: _row_shares(shards) for table, shards in tables.items()}
-    bins = [0, *_powers(max((b for of in shares.values() for b in of), default=1))]
+    bins = powers(max((b for of in shares.values() for b in of), default=1))
 
     def paint(axes: "Axes") -> None:
         width = 0.8 / len(shares)
@@ -87,7 +88,7 @@ def row_skew(report: Report) -> Plot:
             places = [index + offset for index in range(len(bins))]
             axes.bar(places, [100 * of.get(b, 0.0) for b in bins], width=width * 0.92, color=colour, label=short(table))
         aslant: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(bins) > 8 else {}
-        axes.set_xticks(range(len(bins)), [_reads_label(b) for b in bins], **aslant)
+        axes.set_xticks(range(len(bins)), [range_label(b) for b in bins], **aslant)
         axes.set_yscale("log")
         smallest = min((100 * part for of in shares.values() for part in of.values() if part > 0), default=1.0)
         axes.minorticks_off()
@@ -134,20 +135,3 @@ def _row_shares(shards: list[TableReads]) -> dict[int, float]:
         for low, number in shard.histogram:
             counts[low] += number
     return {low: number / rows for low, number in counts.items()}
-
-
-def _powers(largest: int) -> list[int]:
-    return [2**power for power in range(max(1, largest).bit_length())]
-
-
-def _reads_label(low: int) -> str:
-    if low < 2:
-        return str(low)
-    return f"{_count(low)}–{_count(2 * low - 1)}" if low < 1024 else f"{_count(low)}+"  # noqa: RUF001
-
-
-def _count(number: int) -> str:
-    for unit, letter in ((1 << 20, "M"), (1 << 10, "k")):
-        if number >= unit:
-            return f"{number // unit}{letter}"
-    return str(number)
