@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from mempar.runtime.checkpoint.loading import HISTORY_SINCE, load_checkpoint
-from mempar.runtime.checkpoint.manifest import read_manifest
+from mempar.runtime.checkpoint.loading import load_checkpoint
+from mempar.runtime.checkpoint.manifest import HISTORY_SINCE, read_manifest
 from mempar.runtime.checkpoint.saving import Save
 from mempar.runtime.config import RunConfig
 from toy import Session

@@ -1,4 +1,4 @@
-"""report.html in headless Chromium, without a network: plots are painted, on a desk and on a phone; the table works."""
+"""Pages in headless Chromium, without a network: plots are painted, on a desk and on a phone; tables work."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,12 @@ import pytest
 from PIL import Image
 
 from browser import Browser
+from made_up_inspection import made_up_inspection
+from mempar.recipes import find_recipe
+from mempar.tools.inspection.page.document import render_page as render_inspection
 from mempar.tools.profile.page.document import render_page
+from page_reader import HOSTILE
 from profile_reports import made_up_profile
-from test_profile_page import HOSTILE
 
 pytestmark = pytest.mark.cluster
 
@@ -64,6 +67,19 @@ def test_page_is_painted_and_works(tmp_path: Path) -> None:
         check_table(browser)
         assert set(browser.asked_for) == {page.as_uri() for page in pages.values()}
         assert browser.errors == []
+
+
+def test_page_of_an_inspection_is_painted(tmp_path: Path) -> None:
+    path = tmp_path / "inspection.html"
+    path.write_text(render_inspection(made_up_inspection(60, HOSTILE), find_recipe("smoke")))
+    with Browser(tmp_path) as browser:
+        for width, dark in ((1200, False), (390, True)):
+            browser.open(path, width=width, dark=dark)
+            assert browser.evaluate("document.documentElement.scrollWidth") == width
+            boxes = browser.evaluate(BOXES)
+            assert len(boxes) == 10
+            assert_painted(browser.screenshot(tmp_path / f"inspection-{width}.png"), boxes, width)
+        assert browser.asked_for == [path.as_uri()] * 2 and browser.errors == []
 
 
 def check_table(browser: Browser) -> None:

@@ -33,14 +33,32 @@ def hashed_normal(seed: int, slot: Tensor, column: Tensor) -> Tensor:
     return radius.mul_(angle)
 
 
+def row_values(
+    slot: Tensor, column: Tensor, *, value_dim: int, seed: int, number: int = 0, dtype: torch.dtype
+) -> Tensor:
+    """Return rows of table `number` of a model, drawn from normal(0, D^-1/2), wherever they lie.
+
+    Args:
+        slot: `[rows] int64`.
+        column: `[columns] int64`.
+        value_dim: D.
+        seed: of the model.
+        number: of the table.
+        dtype: of the values.
+
+    Returns:
+        `[rows, columns]`.
+    """
+    return hashed_normal(seed + (number << 32), slot, column).mul_(value_dim**-0.5).to(dtype)
+
+
 def table_values(part: TableSlice, *, seed: int, number: int = 0, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the slice `[S_i, D_j]` of table `number` of a model, drawn from normal(0, D^-1/2)."""
-    seed += number << 32
+    """Return the slice `[S_i, D_j]` of table `number` of a model; see `row_values`."""
     values = torch.empty(part.num_rows, part.num_columns, dtype=dtype, device=device)
     column = torch.arange(part.column_start, part.column_end, device=device)
     rows_at_once = max(1, _CHUNK_ELEMENTS // max(1, part.num_columns))
     for start in range(0, part.num_rows, rows_at_once):
         block = values[start : start + rows_at_once]
         slot = torch.arange(part.row_start + start, part.row_start + start + len(block), device=device)
-        block.copy_(hashed_normal(seed, slot, column).mul_(part.value_dim**-0.5))
+        block.copy_(row_values(slot, column, value_dim=part.value_dim, seed=seed, number=number, dtype=dtype))
     return values

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mempar.memory.config import MemoryConfig
+
 
 class RowHistory:
     """When each row of a shard was read last.
@@ -54,7 +56,11 @@ class LookupTally:
     Attributes:
         tokens: `[L]`, tokens looked up by each layer of the table.
         entropy_sum: `[L, H] float64`, entropy of the K weights in nats, summed over these tokens.
+        without_gradients: whether lookups without gradients count, as those of a model that is not in training. In
+            training they are evaluation, or the first of two passes.
     """
+
+    without_gradients = False
 
     def __init__(self, blocks: Sequence[int], heads: int, device: torch.device) -> None:
         """Begin with nothing.
@@ -133,3 +139,46 @@ def read_skew(histogram: Sequence[tuple[int, int]], num_slots: int) -> ReadSkew:
         busiest_share=busiest_reads / reads,
         effective_share=reads * math.exp(-weighed_logs / reads) / num_slots,
     )
+
+
+def row_figures(read_rows: float, dead_rows: float, num_slots: int, *, window: int, since: int) -> dict[str, float]:
+    """Figures of a memory's rows, by their names in metrics.
+
+    Args:
+        read_rows: rows read in the last `window` steps.
+        dead_rows: rows never read.
+        num_slots: S.
+        window: steps.
+        since: the step after which the history begins.
+    """
+    return {
+        "coverage": read_rows / num_slots,
+        "coverage_steps": window,
+        "dead_slots": int(dead_rows),
+        "dead_since_step": since,
+    }
+
+
+def read_figures(skew: ReadSkew) -> dict[str, float]:
+    """Figures of how unevenly reads fall on slots, by their names in metrics."""
+    return {
+        "reads": skew.reads,
+        "busiest_slot_reads": skew.busiest_slot_reads,
+        "busiest_percent_share": skew.busiest_share,
+        "effective_slots_share": skew.effective_share,
+    }
+
+
+def entropy_figures(entropy_sum: Sequence[float], tokens: Sequence[float], config: MemoryConfig) -> dict[str, float]:
+    """Mean entropy of each head's weights in nats, by its name in metrics.
+
+    Args:
+        entropy_sum: `[L * H]`, summed over tokens.
+        tokens: `[L]`, how many.
+        config: of the memory.
+    """
+    return {
+        f"entropy/block_{block}/head_{head}": entropy_sum[layer * config.heads + head] / tokens[layer]
+        for layer, block in enumerate(config.layers)
+        for head in range(config.heads)
+    }

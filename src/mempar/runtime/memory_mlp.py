@@ -48,9 +48,10 @@ class MemoryMLP(MemoryLayer):
     def choose(self, x: Tensor, slot_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose as every memory layer does, and let the choice be counted in a step that is watched."""
         slot_index, weight = super().choose(x, slot_index)
+        tally = self.access.tally
         # A layer that is recomputed runs first without gradients, and then once with them.
-        if self.access.tally is not None and torch.is_grad_enabled():
-            self.access.tally.add(self.block, slot_index, weight)
+        if tally is not None and (torch.is_grad_enabled() or tally.without_gradients):
+            tally.add(self.block, slot_index, weight)
         return slot_index, weight
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -7,8 +7,8 @@ from typing import Any
 from mempar.runtime.bringup import World
 from mempar.runtime.checkpoint.accept import DATA
 from mempar.runtime.checkpoint.keeper import Keeper
-from mempar.runtime.checkpoint.loading import HISTORY_SINCE, load_checkpoint, open_together
-from mempar.runtime.checkpoint.manifest import PASSED_ON
+from mempar.runtime.checkpoint.loading import load_checkpoint, open_together
+from mempar.runtime.checkpoint.manifest import HISTORY_SINCE, PASSED_ON
 from mempar.runtime.checkpoint.together import on_main
 from mempar.runtime.config import RunConfig
 from mempar.runtime.copies import check_copies

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mempar.memory.usage import LookupTally, read_skew
+from mempar.memory.usage import LookupTally, ReadSkew, entropy_figures, read_figures, read_skew, row_figures
 from mempar.parallel.read_counts import count_reads
 from mempar.runtime.bringup import World
 from mempar.runtime.config import RunConfig
@@ -97,28 +97,23 @@ class MemoryUsage:
     def _row_figures(self, sums: dict[str, list[float]], window: int) -> dict[str, float]:
         read_rows, dead_rows = sums["rows"]
         reads, busiest_reads, busiest_share, effective_share = sums["skew"]
+        skew = ReadSkew(
+            reads=int(reads),
+            busiest_slot_reads=int(busiest_reads),
+            busiest_share=busiest_share,
+            effective_share=effective_share,
+        )
         shard_reads = sums["shard_reads"]
         figures = {
-            "coverage": read_rows / self.config.num_slots,
-            "coverage_steps": window,
-            "dead_slots": int(dead_rows),
-            "dead_since_step": self.since,
-            "reads": int(reads),
-            "busiest_slot_reads": int(busiest_reads),
-            "busiest_percent_share": busiest_share,
-            "effective_slots_share": effective_share,
+            **row_figures(read_rows, dead_rows, self.config.num_slots, window=window, since=self.since),
+            **read_figures(skew),
             "shard_imbalance": max(shard_reads) * len(shard_reads) / reads,
         }
         return {f"{self.name}_{figure}": value for figure, value in figures.items()}
 
     def _head_figures(self, sums: dict[str, list[float]]) -> dict[str, float]:
-        heads = self.config.heads
-        return {
-            f"{self.name}_entropy/block_{block}/head_{head}": sums["entropy"][layer * heads + head]
-            / sums["tokens"][layer]
-            for layer, block in enumerate(self.config.layers)
-            for head in range(heads)
-        }
+        figures = entropy_figures(sums["entropy"], sums["tokens"], self.config)
+        return {f"{self.name}_{figure}": value for figure, value in figures.items()}
 
 
 class UsageMonitor:

@@ -12,7 +12,7 @@ from mempar.runtime.bringup import World
 from mempar.runtime.checkpoint.accept import open_checkpoint
 from mempar.runtime.checkpoint.boxes import Box
 from mempar.runtime.checkpoint.dense import DenseTarget
-from mempar.runtime.checkpoint.manifest import Manifest, Piece
+from mempar.runtime.checkpoint.manifest import HISTORY_SINCE, Manifest, Piece
 from mempar.runtime.checkpoint.names import stored_name, weights_of_master
 from mempar.runtime.checkpoint.reading import Reader
 from mempar.runtime.checkpoint.tables import table_parts
@@ -20,9 +20,6 @@ from mempar.runtime.checkpoint.together import do_together, on_main
 from mempar.runtime.config import RunConfig
 from mempar.runtime.model import Model
 from mempar.runtime.optim import Optimizers
-
-# In a checkpoint's description: for each memory with a history of its rows the step after which it begins.
-HISTORY_SINCE = "history_since"
 
 
 def open_together(path: Path, run: RunConfig, world: World) -> Manifest:

@@ -44,8 +44,10 @@ _LARGEST_BYTES = 1 << 30
 # Counters of a run in `progress`, and those of them that every checkpoint has.
 _COUNTERS = ("step", "applied_steps", "tokens", "samples", "rollbacks", "skips_in_a_row")
 _NEEDED = ("step", "applied_steps")
+# For each memory whose rows have a history, the step after which it begins.
+HISTORY_SINCE = "history_since"
 # What else describes a checkpoint, each by names.
-_DESCRIPTIONS = ("layout", "data", "random", "versions", "history_since", "huggingface")
+_DESCRIPTIONS = ("layout", "data", "random", "versions", HISTORY_SINCE, "huggingface")
 # What of it a run that goes on from a checkpoint passes on: where its weights came from.
 PASSED_ON = ("huggingface",)
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")

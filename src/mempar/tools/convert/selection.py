@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mempar.errors import ConfigError
 from mempar.runtime.checkpoint.boxes import Box
-from mempar.runtime.checkpoint.manifest import WEIGHTS, TensorRecord
+from mempar.runtime.checkpoint.manifest import HISTORY_SINCE, WEIGHTS, TensorRecord
 from mempar.runtime.config import RunConfig
 from mempar.tools.convert.source import MegatronState, RowStream, Source
 
@@ -21,7 +21,7 @@ _NO_PROGRESS = {"step": 0, "applied_steps": 0}
 # Bytes that are cast at a time, if a row is not longer.
 _CAST_BYTES = 1 << 24
 # What is said of a run's state, which weights are without.
-_OF_STATE = ("history_since",)
+_OF_STATE = (HISTORY_SINCE,)
 
 
 class Weights:

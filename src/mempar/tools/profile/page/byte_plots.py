@@ -6,17 +6,16 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mempar.tools.page.axes import legend_above, name_rows, series
+from mempar.tools.page.plot import Plot, byte_count, milliseconds, share, short
+from mempar.tools.page.svg import INK, MUTED
 from mempar.tools.profile.page.phases import family_of, in_order
-from mempar.tools.profile.page.plot import HALF, Plot, byte_count, milliseconds, share, short
-from mempar.tools.profile.page.svg import INK, MUTED, draw
 from mempar.tools.profile.report import CeilingPoint, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _ROW, _AROUND, _CURVES_HEIGHT = 21.0, 88.0, 280.0
-# Colour and marker of a curve: the two tell it apart.
-_CURVES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
 
 
 def predicted_and_measured(report: Report) -> Plot:
@@ -58,9 +57,9 @@ def predicted_and_measured(report: Report) -> Plot:
             color="#D55E00",
             label="measured",
         )
-        _name_rows(axes, phases, "bytes sent a step, mean of ranks and steps")
+        name_rows(axes, phases, "bytes sent a step, mean of ranks and steps")
         _logarithmic(axes, bytes_label)
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.2)
+        legend_above(axes, 2)
 
     verdict = (
         f"Measured bytes are the predicted ones, to the byte, in all {compared} rows: "
@@ -71,7 +70,8 @@ def predicted_and_measured(report: Report) -> Plot:
         name=name,
         title=f"{verdict}a rank sends {byte_count(measured.total() / calls)} a step",
         note="A dot inside its ring is a prediction that holds. What a rank keeps for itself is not counted.",
-        svg=draw(name, HALF, _AROUND + _ROW * len(phases), paint),
+        paint=paint,
+        height=_AROUND + _ROW * len(phases),
     )
 
 
@@ -103,9 +103,9 @@ def bandwidth_and_ceiling(report: Report) -> Plot:
             color=INK,
             label="ceiling for messages of that size",
         )
-        _name_rows(axes, phases, "bus bandwidth of a rank, GB/s")
+        name_rows(axes, phases, "bus bandwidth of a rank, GB/s")
         _logarithmic(axes, plain_label)
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.2)
+        legend_above(axes, 2)
 
     if not shares:
         title = "Bandwidth of each phase; no ceiling was measured in this run"
@@ -119,7 +119,8 @@ def bandwidth_and_ceiling(report: Report) -> Plot:
         name=name,
         title=title,
         note="Percentages are of the ceiling. Time in a collective includes waiting for the rank that comes last.",
-        svg=draw(name, HALF, _AROUND + _ROW * len(phases), paint),
+        paint=paint,
+        height=_AROUND + _ROW * len(phases),
     )
 
 
@@ -134,8 +135,7 @@ def ceiling_by_size(report: Report) -> Plot:
         return Plot(name=name, title="No ceiling was measured: no group of this run has two ranks.")
 
     def paint(axes: "Axes") -> None:
-        for place, ((group, collective), points) in enumerate(curves.items()):
-            colour, marker = _CURVES[place % len(_CURVES)]
+        for ((group, collective), points), (colour, marker) in zip(curves.items(), series(len(curves)), strict=True):
             label = f"{short(group)} {short(collective)}, {points[0].ranks} ranks"
             sizes, speeds = [point.message_bytes for point in points], [point.gb_per_s for point in points]
             axes.plot(sizes, speeds, marker=marker, color=colour, linewidth=1.8, markersize=6, label=label)
@@ -144,7 +144,7 @@ def ceiling_by_size(report: Report) -> Plot:
         axes.set_xlabel("bytes of a rank's message")
         axes.set_ylabel("bus bandwidth of a rank, GB/s")
         _logarithmic(axes, bytes_label)
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.2)
+        legend_above(axes, 2)
 
     best = max((point for of in curves.values() for point in of), key=lambda point: point.gb_per_s)
     least = min((point for of in curves.values() for point in of), key=lambda point: point.latency_us)
@@ -153,7 +153,8 @@ def ceiling_by_size(report: Report) -> Plot:
         title=f"The links carry up to {best.gb_per_s:.3g} GB/s a rank ({short(best.group)}, {short(best.collective)}); "
         f"the smallest message takes {milliseconds(least.latency_us)} at least",
         note="Plain collectives over the run's own groups, after its steps, with nothing else running.",
-        svg=draw(name, HALF, _CURVES_HEIGHT, paint),
+        paint=paint,
+        height=_CURVES_HEIGHT,
     )
 
 
@@ -216,12 +217,6 @@ def ceiling_at(points: list[CeilingPoint], group: str, collective: str, message_
             place = math.log(message_bytes / small) / math.log(large / small)
             return slow * (fast / slow) ** place
     return known[-1][1]
-
-
-def _name_rows(axes: "Axes", names: list[str], quantity: str) -> None:
-    axes.set_yticks(range(len(names)), [short(name) for name in names])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel(quantity)
 
 
 def _logarithmic(axes: "Axes", label: Callable[[float], str]) -> None:

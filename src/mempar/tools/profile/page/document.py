@@ -1,23 +1,14 @@
-"""The page as one file: head, plots, and the rows as a table that sorts and filters.
+"""The page as one file: head, plots, and the rows as a table that sorts and filters."""
 
-Whatever comes from the report is data: text is escaped, rows are JSON in an element that is not run, and a policy in
-the page lets its own script run and nothing else, and nothing be fetched.
-"""
-
-import base64
 import dataclasses
-import hashlib
-import json
-from html import escape
-from importlib import resources
 from pathlib import Path
 
 from mempar.marks import Span
 from mempar.runtime.durable import replace_file
+from mempar.tools.page.document import embedded_json, page_file, render_document
+from mempar.tools.page.svg import need_matplotlib
 from mempar.tools.profile.page.byte_plots import bandwidth_and_ceiling, ceiling_by_size, predicted_and_measured
-from mempar.tools.profile.page.plot import Plot
 from mempar.tools.profile.page.settings import head_figures, settings_tables
-from mempar.tools.profile.page.svg import need_matplotlib
 from mempar.tools.profile.page.table_plots import row_skew, shard_imbalance
 from mempar.tools.profile.page.time_plots import exposed_and_overlapped, time_by_phase, time_by_rank
 from mempar.tools.profile.page.timeline import timeline
@@ -47,7 +38,7 @@ def write_page(directory: Path) -> Path:
     Raises:
         ConfigError: when matplotlib is missing, or the report or the spans are not there, damaged or impossible.
     """
-    need_matplotlib()
+    need_matplotlib(PAGE, "then `python -m mempar.tools.profile.page DIR` draws the page of a profile that is there")
     report = load_report(directory)
     page = directory / PAGE
     replace_file(page, render_page(report, load_spans(directory / report.spans)).encode())
@@ -71,45 +62,14 @@ def render_page(report: Report, spans: dict[int, list[Span]]) -> str:
         row_skew(report),
         timeline(spans),
     ]
-    title = f"Profile of {report.run.name}"
-    script, style = _file("page.js"), _file("page.css")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
-<h1>{escape(title)}</h1>
-<p>{escape(report.run.date)}, {escape(report.run.device)}</p>
-{head_figures(report)}
-{settings_tables(report.run)}
-</header>
-<main>
-<section class="plots" aria-label="plots">
-{"".join(map(_figure, plots))}</section>
-{rows_section(report.rows)}
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-
-def _figure(plot: Plot) -> str:
-    classes = " ".join(["plot", *(["wide"] if plot.wide else []), *([] if plot.svg else ["empty"])])
-    note = f"<p>{escape(plot.note)}</p>" if plot.note and plot.svg else ""
-    drawing = f'<div class="scroll">{plot.svg}</div>' if plot.svg else ""
-    return (
-        f'<figure class="{classes}" id="{plot.name}"><figcaption><h2>{escape(plot.title)}</h2>{note}</figcaption>'
-        f"{drawing}</figure>\n"
+    return render_document(
+        title=f"Profile of {report.run.name}",
+        subtitle=f"{report.run.date}, {report.run.device}",
+        head=f"{head_figures(report)}\n{settings_tables(report.run)}",
+        plots=plots,
+        sections=rows_section(report.rows),
+        script=page_file("mempar.tools.profile.page", "rows.js"),
+        style=page_file("mempar.tools.profile.page", "rows.css"),
     )
 
 
@@ -118,8 +78,6 @@ def rows_section(rows: list[Row]) -> str:
     fields = [each.name for each in dataclasses.fields(Row)]
     kept = rows[:MOST_ROWS]
     data = {"fields": fields, "rows": [[getattr(row, field) for field in fields] for row in kept]}
-    # "</script" and "<!--" end or change the element wherever they stand.
-    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     left_out = f" The first {MOST_ROWS:,} of {len(rows):,}: report.json has all." if len(kept) < len(rows) else ""
     heads = "".join(
         f'<th scope="col" data-field="{field}"><button type="button">{_HEADS.get(field, field)}</button></th>'
@@ -134,9 +92,5 @@ def rows_section(rows: list[Row]) -> str:
 <noscript><p>The table needs JavaScript; report.json has the same rows.</p></noscript>
 <div class="scroll"><table id="rows"><thead><tr>{heads}</tr></thead><tbody></tbody><tfoot></tfoot></table></div>
 <p><button type="button" id="more">Show more</button></p>
-<script type="application/json" id="rows-data">{text}</script>
+{embedded_json("rows-data", data)}
 </section>"""
-
-
-def _file(name: str) -> str:
-    return resources.files("mempar.tools.profile.page").joinpath(name).read_text(encoding="utf-8")

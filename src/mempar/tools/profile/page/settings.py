@@ -1,10 +1,7 @@
-"""The head of the page: what ran, where, and how long a step took. Everything that comes from a file is escaped."""
+"""The head of the page: what ran, where, and how long a step took."""
 
-from collections.abc import Iterator, Sequence
-from html import escape
-from typing import Any
-
-from mempar.tools.profile.page.plot import milliseconds, share
+from mempar.tools.page.plot import milliseconds, share
+from mempar.tools.page.tables import pairs_table, settings_folded, tiles
 from mempar.tools.profile.report import ProfiledRun, Report
 
 
@@ -20,8 +17,7 @@ def head_figures(report: Report) -> str:
         (share(min(1.0, exposed / step_us)) if step_us else "–", "of a step waits for communication"),  # noqa: RUF001
         (f"{cost:.2%}" if cost >= 1e-4 else "< 0.01%", "of a step is the cost of the marks"),
     ]
-    tiles = "".join(f"<div><strong>{escape(value)}</strong><span>{what}</span></div>" for value, what in figures)
-    return f'<div class="figures">{tiles}</div>'
+    return tiles(figures)
 
 
 def settings_tables(run: ProfiledRun) -> str:
@@ -38,36 +34,8 @@ def settings_tables(run: ProfiledRun) -> str:
         ("versions", ", ".join(f"{name} {version}" for name, version in run.versions.items())),
         ("commit", run.commit or "none"),
     ]
-    every = list(_flat(run.config, ""))
-    return (
-        f"{_table(facts, 'The run')}<details><summary>All {len(every)} settings of the run</summary>"
-        f"{_table(every, 'Settings')}</details>"
-    )
-
-
-def _table(pairs: Sequence[tuple[str, str]], caption: str) -> str:
-    rows = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in pairs)
-    return (
-        f'<div class="scroll"><table class="settings"><caption>{caption}</caption><tbody>{rows}</tbody></table></div>'
-    )
+    return f"{pairs_table(facts, 'The run')}{settings_folded(run.config)}"
 
 
 def _pairs(numbers: dict[str, int]) -> str:
     return ", ".join(f"{name}={number}" for name, number in numbers.items()) or "none"
-
-
-def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Settings with their dotted names, as the command line takes them."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, _text(value)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, list):
-        return f"[{', '.join(map(_text, value))}]"
-    return str(value)

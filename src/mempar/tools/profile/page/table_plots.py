@@ -3,16 +3,16 @@
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
-from mempar.tools.profile.page.plot import HALF, Plot, share, short
-from mempar.tools.profile.page.svg import MUTED, draw
+from mempar.tools.page.axes import legend_above, series
+from mempar.tools.page.bins import powers, range_label
+from mempar.tools.page.plot import Plot, share, short
+from mempar.tools.page.svg import MUTED
 from mempar.tools.profile.report import Report, TableReads
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _HEIGHT = 280.0
-# Colour and marker of a table; the two tell it apart.
-_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
 _NONE = "This run has no memory table: there are no reads to show."
 # Reads beyond which a shard is called loaded more than others.
 _NOTEWORTHY = 1.02
@@ -45,7 +45,7 @@ def shard_imbalance(report: Report) -> Plot:
         from matplotlib.ticker import MaxNLocator
 
         axes.axhline(1.0, color=MUTED, linewidth=1.2, linestyle="--")
-        for (table, of), (colour, marker) in zip(loads.items(), _styles(len(loads)), strict=True):
+        for (table, of), (colour, marker) in zip(loads.items(), series(len(loads)), strict=True):
             ranks, heights = zip(*of, strict=True)
             axes.vlines(ranks, 1.0, heights, color=colour, linewidth=1.2)
             axes.plot(ranks, heights, marker, color=colour, markersize=7, label=short(table))
@@ -57,7 +57,7 @@ def shard_imbalance(report: Report) -> Plot:
         axes.set_ylabel("reads served, mean shard = 1")
         axes.grid(visible=False, axis="x")
         if len(loads) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2)
+            legend_above(axes, 3)
 
     if most < _NOTEWORTHY:
         title = "Shards serve equally many reads, to within 2%"
@@ -68,7 +68,8 @@ def shard_imbalance(report: Report) -> Plot:
         title=title,
         note="Reads that other ranks and its own tokens asked of a shard, all measured steps together; the mean is "
         "that of the shards on the same pipeline stage.",
-        svg=draw(name, HALF, _HEIGHT, paint),
+        paint=paint,
+        height=_HEIGHT,
     )
 
 
@@ -78,16 +79,16 @@ def row_skew(report: Report) -> Plot:
     if not tables:
         return Plot(name=name, title=_NONE)
     shares = {table: _row_shares(shards) for table, shards in tables.items()}
-    bins = [0, *_powers(max((b for of in shares.values() for b in of), default=1))]
+    bins = powers(max((b for of in shares.values() for b in of), default=1))
 
     def paint(axes: "Axes") -> None:
         width = 0.8 / len(shares)
-        for place, ((table, of), (colour, _)) in enumerate(zip(shares.items(), _styles(len(shares)), strict=True)):
+        for place, ((table, of), (colour, _)) in enumerate(zip(shares.items(), series(len(shares)), strict=True)):
             offset = (place - (len(shares) - 1) / 2) * width
             places = [index + offset for index in range(len(bins))]
             axes.bar(places, [100 * of.get(b, 0.0) for b in bins], width=width * 0.92, color=colour, label=short(table))
         aslant: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(bins) > 8 else {}
-        axes.set_xticks(range(len(bins)), [_reads_label(b) for b in bins], **aslant)
+        axes.set_xticks(range(len(bins)), [range_label(b) for b in bins], **aslant)
         axes.set_yscale("log")
         smallest = min((100 * part for of in shares.values() for part in of.values() if part > 0), default=1.0)
         axes.minorticks_off()
@@ -97,7 +98,7 @@ def row_skew(report: Report) -> Plot:
         axes.set_ylabel("share of the rows")
         axes.grid(visible=False, axis="x")
         if len(shares) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2)
+            legend_above(axes, 3)
 
     reads = {table: sum(shard.rows_read for shard in shards) for table, shards in tables.items()}
     tops = {
@@ -113,7 +114,8 @@ def row_skew(report: Report) -> Plot:
         title=f"1% of the rows of {short(steepest)} get {share(tops[steepest])} of its reads; "
         f"{share(shares[steepest].get(0, 0.0))} of them are not read",
         note="The 1% that are read most, on each shard. Bars are the shares of rows by how often they are read.",
-        svg=draw(name, HALF, _HEIGHT, paint),
+        paint=paint,
+        height=_HEIGHT,
     )
 
 
@@ -133,24 +135,3 @@ def _row_shares(shards: list[TableReads]) -> dict[int, float]:
         for low, number in shard.histogram:
             counts[low] += number
     return {low: number / rows for low, number in counts.items()}
-
-
-def _powers(largest: int) -> list[int]:
-    return [2**power for power in range(max(1, largest).bit_length())]
-
-
-def _reads_label(low: int) -> str:
-    if low < 2:
-        return str(low)
-    return f"{_count(low)}–{_count(2 * low - 1)}" if low < 1024 else f"{_count(low)}+"  # noqa: RUF001
-
-
-def _count(number: int) -> str:
-    for unit, letter in ((1 << 20, "M"), (1 << 10, "k")):
-        if number >= unit:
-            return f"{number // unit}{letter}"
-    return str(number)
-
-
-def _styles(number: int) -> list[tuple[str, str]]:
-    return [_STYLES[place % len(_STYLES)] for place in range(number)]

@@ -4,9 +4,10 @@ import statistics
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+from mempar.tools.page.axes import legend_above, name_bars
+from mempar.tools.page.plot import Plot, milliseconds, share, short
+from mempar.tools.page.svg import GRID, SURFACE
 from mempar.tools.profile.page.phases import FAMILIES, Family, family_of, in_order
-from mempar.tools.profile.page.plot import HALF, Plot, milliseconds, share, short
-from mempar.tools.profile.page.svg import GRID, SURFACE, draw
 from mempar.tools.profile.report import Report
 
 if TYPE_CHECKING:
@@ -54,16 +55,17 @@ def time_by_phase(report: Report) -> Plot:
             )
             for phase, width in zip(phases, widths, strict=True):
                 starts[phase] += width
-        _name_bars(axes, phases, "milliseconds a step, mean of ranks and steps")
+        name_bars(axes, phases, "milliseconds a step, mean of ranks and steps")
         if len(layers) > 1:
-            _legend(axes)
+            legend_above(axes, 4, narrow=True)
 
     return Plot(
         name=name,
         title=f"{short(longest)} takes longest: {milliseconds(totals[longest])} a step, "
         f"{share(totals[longest] / total) if total else '0%'} of the time in marked phases",
         note="Phases in the order of a step; computation without a mark is not among them.",
-        svg=draw(name, HALF, _AROUND + _BAR * len(phases), paint),
+        paint=paint,
+        height=_AROUND + _BAR * len(phases),
     )
 
 
@@ -88,15 +90,16 @@ def exposed_and_overlapped(report: Report) -> Plot:
         style: Any = {"height": 0.72, "edgecolor": SURFACE, "linewidth": 0.5}
         axes.barh(places, waits, color="#D55E00", label="exposed: the rank waits", **style)
         axes.barh(places, others, left=waits, color="#56B4E9", label="not waited for", **style)
-        _name_bars(axes, phases, "milliseconds a step, mean of ranks and steps")
-        _legend(axes, columns=2)
+        name_bars(axes, phases, "milliseconds a step, mean of ranks and steps")
+        legend_above(axes, 2, narrow=True)
 
     return Plot(
         name=name,
         title=f"Ranks wait for {share(waited / total)} of their communication: "
         f"{milliseconds(waited)} of {milliseconds(total)} a step",
         note="Exposed is what a rank waits for. Whether it computes in the rest of a call's time is not known.",
-        svg=draw(name, HALF, _AROUND + _BAR * len(phases), paint),
+        paint=paint,
+        height=_AROUND + _BAR * len(phases),
     )
 
 
@@ -129,17 +132,18 @@ def time_by_rank(report: Report) -> Plot:
             starts = {rank: starts[rank] + width for rank, width in zip(shown, widths, strict=True)}
         rest = [max(0.0, step / 1e3 - starts[rank]) for rank in shown]
         axes.barh(range(len(shown)), rest, left=list(starts.values()), color=GRID, label="without a mark", **style)
-        _name_bars(axes, [f"rank {rank}" for rank in shown], "milliseconds of a step")
+        name_bars(axes, [f"rank {rank}" for rank in shown], "milliseconds of a step")
         if busy[slowest] > _NOTEWORTHY * median:
             axes.get_yticklabels()[shown.index(slowest)].set_fontweight("bold")
-        _legend(axes, columns=2)
+        legend_above(axes, 2, narrow=True)
 
     return Plot(
         name=name,
         title=_title_of_ranks(busy, slowest, median),
         note="Mean of the steps; of collectives, what the rank waits for. The slowest rank is the one that waits least."
         + (f" The {len(shown)} of {len(ranks)} ranks that wait least." if len(shown) < len(ranks) else ""),
-        svg=draw(name, HALF, _AROUND + 58.0 + _BAR * len(shown), paint),
+        paint=paint,
+        height=_AROUND + 58.0 + _BAR * len(shown),
     )
 
 
@@ -175,18 +179,3 @@ def layer_colours(layers: list[int]) -> dict[int, str]:
         mixed = (round(a + (b - a) * along) for a, b in zip(_FIRST_LAYER, _LAST_LAYER, strict=True))
         colours[layer] = "#{:02x}{:02x}{:02x}".format(*mixed)
     return colours
-
-
-def _name_bars(axes: "Axes", names: list[str], quantity: str) -> None:
-    """Bars from the top, with their names at the left."""
-    axes.set_yticks(range(len(names)), [short(name) for name in names])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, 1.03 * axes.get_xlim()[1])
-    axes.set_xlabel(quantity)
-    axes.grid(visible=False, axis="y")
-
-
-def _legend(axes: "Axes", columns: int = 4) -> None:
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1, handlelength=1
-    )

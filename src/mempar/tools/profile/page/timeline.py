@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mempar.marks import Span
+from mempar.tools.page.plot import WHOLE, Plot, milliseconds
+from mempar.tools.page.svg import GRID
 from mempar.tools.profile.page.phases import FAMILIES, family_of
-from mempar.tools.profile.page.plot import WHOLE, Plot, milliseconds
-from mempar.tools.profile.page.svg import GRID, draw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,8 @@ def timeline(spans: dict[int, list[Span]]) -> Plot:
         title=f"One step as it went: step {step}, {milliseconds((end - start) / 1e3)} from its first mark to its last",
         note="A track for each kind of phase on every rank; empty stretches are computation without a mark, or idle."
         + (f" The first {len(shown)} of {len(ranks)} ranks; the trace has all." if len(shown) < len(ranks) else ""),
-        svg=draw(name, WHOLE, _AROUND + track * len(shown) * (len(families) + 1), paint),
+        paint=paint,
+        height=_AROUND + track * len(shown) * (len(families) + 1),
         wide=True,
     )
 

@@ -1,6 +1,13 @@
-"""What the page shows of one question: a title that answers it, a note on how to read it, and the drawing."""
+"""What a page shows of one question: a title that answers it, a note on how to read it, and the drawing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mempar.tools.page.svg import draw
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # CSS pixels at which letters have their size: two plots stand side by side on a wide screen, a little enlarged, and one
 # on a phone, a little smaller.
@@ -16,15 +23,27 @@ class Plot:
         name: for the page's elements.
         title: what is seen.
         note: how it was counted; may be empty.
-        svg: the drawing; empty where there is nothing to draw, which the title then says.
+        paint: draws into the axes; None where there is nothing to draw, which the title then says.
+        height: in CSS pixels.
         wide: whether it takes the whole width.
     """
 
     name: str
     title: str
     note: str = ""
-    svg: str = ""
+    paint: "Callable[[Axes], None] | None" = None
+    height: float = 0.0
     wide: bool = False
+
+    @property
+    def width(self) -> float:
+        """In CSS pixels."""
+        return WHOLE if self.wide else HALF
+
+    @property
+    def svg(self) -> str:
+        """The drawing as an `svg` element, made anew; empty where there is nothing to draw."""
+        return "" if self.paint is None else draw(self.name, self.width, self.height, self.paint)
 
 
 def short(name: str) -> str:

@@ -1,13 +1,14 @@
 """Inline SVG from matplotlib: without its global state, without references to anything outside.
 
 Text is drawn as outlines, so that it looks alike everywhere and needs no font. Ink, grid and surface are the page's own
-colours, light or dark: matplotlib is given stand-ins that are then replaced by names of CSS variables.
+colours, light or dark: matplotlib is given the light ones, which are then replaced by names of CSS variables.
 """
 
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mempar.errors import ConfigError
@@ -15,9 +16,10 @@ from mempar.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, MUTED, GRID, SURFACE = "#010203", "#020304", "#030405", "#040506"
+# Of page.css, where it is light; the surface is not quite white, which data may be.
+INK, MUTED, GRID, SURFACE = "#1b1f24", "#5c6670", "#d9dde2", "#fefefe"
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", SURFACE: "var(--surface)"}
-_PIXELS_PER_INCH = 72.0
+PIXELS_PER_INCH = 72.0
 _STYLE: Any = {
     "svg.fonttype": "path",
     "font.family": ["DejaVu Sans"],
@@ -66,10 +68,29 @@ def draw(name: str, width: float, height: float, paint: "Callable[[Axes], None]"
     Raises:
         ConfigError: when matplotlib is missing.
     """
-    matplotlib = need_matplotlib()
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    with own_style({"svg.hashsalt": name}):
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
 
+        size = (width / PIXELS_PER_INCH, height / PIXELS_PER_INCH)
+        figure: Figure = Figure(figsize=size, dpi=PIXELS_PER_INCH, layout="constrained")
+        paint(figure.subplots())
+        text = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(text, metadata=_NO_METADATA)
+    return _inline(text.getvalue(), name, width, height)
+
+
+@contextmanager
+def own_style(more: Mapping[str, Any]) -> Iterator[None]:
+    """Let matplotlib draw in the style of pages, and in nobody's own, for a while.
+
+    Args:
+        more: settings of matplotlib beside those of pages.
+
+    Raises:
+        ConfigError: when matplotlib is missing.
+    """
+    matplotlib = need_matplotlib("a plot")
     with matplotlib.rc_context(), warnings.catch_warnings():
         # A name may have letters that the font lacks: boxes stand for them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -77,17 +98,16 @@ def draw(name: str, width: float, height: float, paint: "Callable[[Axes], None]"
         matplotlib.rcParams.update(
             {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
         )
-        matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": name})
-        size = (width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH)
-        figure: Figure = Figure(figsize=size, dpi=_PIXELS_PER_INCH, layout="constrained")
-        paint(figure.subplots())
-        text = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(text, metadata=_NO_METADATA)
-    return _inline(text.getvalue(), name, width, height)
+        matplotlib.rcParams.update(_STYLE | dict(more))
+        yield
 
 
-def need_matplotlib():
+def need_matplotlib(what: str, then: str = "") -> Any:
     """Import matplotlib.
+
+    Args:
+        what: is not written without it, for the message.
+        then: what to do when it is installed; a clause that follows a comma.
 
     Raises:
         ConfigError: when it is missing.
@@ -96,9 +116,8 @@ def need_matplotlib():
         import matplotlib
     except ImportError:
         raise ConfigError(
-            "report.html is not written: matplotlib is not installed here; its plots are drawn by matplotlib, which is "
-            "the extra `report`; run `pip install 'mempar[report]'`, then `python -m mempar.tools.profile.page DIR` "
-            "draws the page of a profile that is there."
+            f"{what} is not written: matplotlib is not installed here; plots are drawn by matplotlib, which is the "
+            f"extra `report`; run `pip install 'mempar[report]'`{f', {then}' if then else ''}."
         ) from None
     return matplotlib
 
