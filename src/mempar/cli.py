@@ -15,6 +15,7 @@ from mempar.tools.convert.options import convert
 from mempar.tools.doctor.options import doctor
 from mempar.tools.evaluate.options import evaluate
 from mempar.tools.generate.options import generate
+from mempar.tools.inspection.options import inspect
 from mempar.tools.launch.options import launch
 from mempar.tools.options import Out, Overrides, Recipe, Resume, StartFrom
 from mempar.tools.plan.options import plan
@@ -101,6 +102,7 @@ for _command in (train, launch, prepare, recipes, plan, profile, doctor, verify,
     app.command()(_command)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(inspect)
 
 
 def main() -> None:
