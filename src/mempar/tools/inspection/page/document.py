@@ -146,8 +146,8 @@ def _near(memory: MemoryFindings, texts: list[TextFindings]) -> list[str]:
             [str(each.slot), f"{each.share:.2%}", str(each.nearest), f"{each.nearest_share:.2%}", f"{each.cosine:.3f}"]
             for each in slots
         ]
-        heads = ["slot", f"share of {one.name}", "nearest slot", f"share of {other.name}", "cosine of the rows"]
-        note = f"By the cosine of value rows; {chance_line(found, 1 - place)}."
+        heads = ["slot", "its share", "nearest slot", "its share", "cosine"]
+        note = f"By the cosine of value rows, {chance_line(found, 1 - place)}. Shares are of each text's own weight."
         name = f"Slots of {memory.name} that {one.name} alone reads, and the nearest that {other.name} reads"
         if rows:
             sections.append(_section(name, note, data_table(heads, rows, "Nearest slots", numbers=range(5))))

@@ -178,7 +178,7 @@ def _map(name: str, title: str, text: TextFindings, rows: list[str], values: lis
     return Plot(
         name=name,
         title=title,
-        note=f"{left}Tokens from left to right; the darker, the more.",
+        note=f"{left}Tokens from left to right; the stronger the colour, the more.",
         paint=paint,
         height=AROUND + ROW * len(rows) + _LETTER * max(map(len, tokens)),
         wide=True,
