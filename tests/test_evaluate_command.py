@@ -142,11 +142,20 @@ def test_continuations_are_those_of_the_exported_model(answers: Any, theirs: Any
     assert len(set(answers["generate_until"])) == len(QUESTIONS) and all(answers["generate_until"])
 
 
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Answers but for the order of float32 sums, which depends on how many threads a process has."""
+    assert found["generate_until"] == expected["generate_until"]
+    near, greedy = zip(*found["loglikelihood"], strict=True)
+    expected_near, expected_greedy = zip(*expected["loglikelihood"], strict=True)
+    assert greedy == expected_greedy and near == pytest.approx(expected_near, rel=1e-6)
+    assert found["loglikelihood_rolling"] == pytest.approx(expected["loglikelihood_rolling"], rel=1e-6)
+
+
 def test_several_workers_answer_as_one_and_die_together(toy: Toy, answers: Any) -> None:
     numbers: set[int] = set()
     with pytest.raises(MemparError, match="one of 2 workers was killed"):  # noqa: SIM117
         with open_workers(toy.checkpoint, count=2, tables="auto") as spread:
-            assert toy.answers(spread, batch_size=3) == answers
+            assert_same(toy.answers(spread, batch_size=3), answers)
             numbers.update(spread(own_number, range(8)))
             list(spread(die, range(8)))
     end = time.monotonic() + DEATH_SECONDS
