@@ -300,6 +300,8 @@ def test_loss_of_some_windows_and_without_a_tokenizer(
         ({"data": ("nowhere",)}, "nowhere.bin does not exist"),
         ({"data": ("x",), "samples": 0}, "--samples 0 must be at least 1"),
         ({"tasks": ("x",), "limit": 1.5}, "--limit 1.5 is neither"),
+        ({"tasks": ("x",), "limit": float("inf")}, "--limit inf is neither"),
+        ({"tasks": ("x",), "seed": -1}, "--seed -1 is not a number from 0"),
         ({"tasks": ("x",), "samples": 3}, "--samples without --data"),
         ({"data": ("x",), "limit": 3, "num_fewshot": 0}, "--limit, --num-fewshot without --tasks"),
         ({"data": ("x",), "tables": "disk"}, "--tables disk is not known"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mempar.errors import ConfigError
+from mempar.errors import ConfigError, MemparError
 from mempar.runtime.inference.generation import generate
 from mempar.runtime.inference.sampling import Sampler, Sampling
 
@@ -105,6 +105,23 @@ def test_sequences_draw_for_themselves_and_seeds_repeat() -> None:
     assert len(set(of(7, 3))) == 3 and of(7, 3) != of(70, 3)
 
 
+def test_drawn_texts_do_not_depend_on_what_is_in_the_batch() -> None:
+    sampling = Sampling(temperature=5.0, seed=3)
+    long = [1, 1, 1, 2, 2]
+    (alone,) = continued([long], sampling=sampling)
+    assert continued([long, [5]], sampling=sampling)[0] == alone == continued([long, [5, 6, 7]], sampling=sampling)[0]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_said_to_be_so(number: float, temperature: float) -> None:
+    sampler = Sampler(Sampling(temperature=temperature), 1)
+    with pytest.raises(MemparError, match="logits are not finite"):
+        sampler.choose(torch.tensor([[0.0, number, 1.0]]))
+    # What is impossible is.
+    assert sampler.choose(torch.tensor([[-float("inf"), 100.0]])).tolist() == [1]
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -112,6 +129,8 @@ def test_sequences_draw_for_themselves_and_seeds_repeat() -> None:
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 0.0}, "top-p=0"),
         ({"top_p": 1.5}, "top-p=1.5"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**63}, "seed=9223372036854775808"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float], said: str) -> None:

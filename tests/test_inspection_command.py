@@ -267,6 +267,7 @@ def test_long_texts_are_read_in_windows_and_what_is_left_out_is_said(
     ("settings", "message"),
     [
         ({"texts": texts_of("")}, "--text is empty; a text of at least one token"),
+        ({"texts": texts_of("\udcff")}, "--text is not UTF-8"),
         ({"texts": texts_of("a", "b", "c")}, r"3 texts are given \(--text, --text, --text\)"),
         ({"texts": (Asked(kind="file", source="/nowhere/text"),)}, "--file /nowhere/text: there is no such file"),
         ({"texts": (Asked(kind="data", source="/nowhere/data"),)}, "/nowhere/data.bin is not there"),

@@ -55,8 +55,8 @@ class World:
         return self.rank == 0
 
 
-def join_world(timeout_seconds: int = 600) -> None:
-    """Join the process group that torchrun's environment variables describe; alone without them."""
+def join_world(timeout_seconds: int = 600, *, alone: bool = False) -> None:
+    """Join the process group that torchrun's environment variables describe; alone without them, or if asked to."""
     # megatron counts on it to order a tensor-parallel reduction before the matmul that hides it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -73,7 +73,7 @@ def join_world(timeout_seconds: int = 600) -> None:
     elif "OMP_NUM_THREADS" not in os.environ or local_world > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not alone:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mempar.errors import ConfigError
-from mempar.runtime.checkpoint.manifest import MANIFEST
+from mempar.runtime.checkpoint.manifest import MANIFEST, not_read
 from mempar.runtime.run_dir import RunDir
 
 
@@ -16,9 +16,13 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises:
         ConfigError: when it is neither.
+        CheckpointError: when it cannot be looked at.
     """
-    if (path / MANIFEST).is_file():
-        return path
+    try:
+        if (path / MANIFEST).is_file():
+            return path
+    except OSError as error:
+        raise not_read(path, error) from None
     directory = RunDir(path)
     newest = directory.latest_checkpoint()
     if newest is not None:

@@ -46,10 +46,9 @@ def generate(
     done = min(lengths)
     step = torch.tensor([text[:done] for text in texts])
     while running:
-        chosen = sampler.choose(forward.logits(step, cache, last_only=True)[:, -1]).tolist()
-        for place in sorted(running):
-            if done < lengths[place]:
-                continue
+        choosing = sorted(place for place in running if done >= lengths[place])
+        chosen = sampler.choose(forward.logits(step, cache, last_only=True)[:, -1], choosing).tolist()
+        for place in choosing:
             token = chosen[place]
             texts[place].append(token)
             over = on_token is not None and on_token(place, token)

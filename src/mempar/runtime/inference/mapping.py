@@ -14,7 +14,7 @@ from mempar.kernels.dispatch import Backend
 from mempar.memory.mapped import MappedBlock, MappedReader, MappedReaders, MappedTable
 from mempar.runtime.checkpoint import shard_file
 from mempar.runtime.checkpoint.boxes import Box, whole_box
-from mempar.runtime.checkpoint.manifest import DTYPE_BYTES, Manifest, Piece, check_file, damaged
+from mempar.runtime.checkpoint.manifest import DTYPE_BYTES, Manifest, Piece, check_file, damaged, not_read
 from mempar.runtime.checkpoint.reading import check_held
 from mempar.runtime.config import RunConfig
 
@@ -42,7 +42,9 @@ def map_table(manifest: Manifest, name: str, shape: tuple[int, int]) -> MappedTa
         blocks += _blocks(manifest, path, name)
     try:
         return MappedTable(blocks, getattr(torch, manifest.tensors[name].dtype))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise not_read(manifest.root, error, f"the table {name}") from None
+    except ValueError as error:
         raise damaged(manifest.root, f"the table {name} cannot be mapped ({error})") from None
 
 

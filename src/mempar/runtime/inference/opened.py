@@ -102,7 +102,8 @@ def open_model(checkpoint: Path, *, tables: Tables = "auto", dtype: str = "") ->
     run = _reading_run(read_config(manifest), dtype)
     joined = dist.is_initialized()
     if not joined:
-        bringup.join_world()
+        # One process is all it takes, whatever job its environment is of.
+        bringup.join_world(alone=True)
     try:
         run = resolve(run, dist.get_world_size())
         world = bringup.lay_out(run)

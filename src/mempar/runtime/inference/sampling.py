@@ -1,11 +1,12 @@
 """Choosing the next token: the likeliest, or one drawn from what temperature and top-p leave."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mempar.errors import ConfigError
+from mempar.errors import ConfigError, MemparError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Sampling:
                 f"top-p={self.top_p:g}: it is the share of the probability that is drawn from; use a number above 0 "
                 "and up to 1."
             )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed}: it is a number from 0 to 2^63 - 1; use one of these.")
 
 
 class Sampler:
@@ -46,20 +49,32 @@ class Sampler:
         for place, draws in enumerate(self._draws):
             draws.manual_seed(sampling.seed + place)
 
-    def choose(self, logits: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, places: Collection[int] | None = None) -> Tensor:
         """Choose a token for each sequence.
 
         Args:
             logits: `[b, V]`.
+            places: of the sequences that want one, all by default; the others draw nothing, and keep their draws.
 
         Returns:
-            `[b] int64`, on the device of the logits.
+            `[b] int64`, on the device of the logits; anything where none is wanted.
+
+        Raises:
+            MemparError: when the logits are not numbers.
         """
+        if logits.isnan().any() or logits.isposinf().any():
+            raise MemparError(
+                "the model's logits are not finite; its training has diverged, or its numbers are damaged; `mempar "
+                "verify` says whether the checkpoint is whole; use an earlier one."
+            )
         if not self.sampling.temperature:
             return logits.argmax(-1)
         kept, order = _kept(logits, self.sampling)
         ends = kept.cumsum(-1)
-        drawn = torch.tensor([torch.rand((), dtype=torch.float64, generator=each).item() for each in self._draws])
+        wanted = range(len(self._draws)) if places is None else places
+        drawn = torch.zeros(len(self._draws), dtype=torch.float64)
+        for chooser in wanted:
+            drawn[chooser] = torch.rand((), dtype=torch.float64, generator=self._draws[chooser])
         place = torch.searchsorted(ends, drawn.to(ends)[:, None] * ends[:, -1:], right=True)
         # What rounding carries beyond the end belongs to the last token that was kept.
         last = (kept > 0).sum(-1, keepdim=True) - 1

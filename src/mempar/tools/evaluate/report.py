@@ -9,6 +9,7 @@ from typing import Any
 import xxhash
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mempar import __version__
 from mempar.runtime.checkpoint.manifest import WEIGHTS, Manifest
@@ -103,7 +104,7 @@ def _loss_table(results: Results) -> Table:
     for loss in results.losses:
         windows = f"{loss.windows:,}" + (f" of {loss.all_windows:,}" if loss.windows < loss.all_windows else "")
         bits = "not known" if loss.bits_per_byte is None else f"{loss.bits_per_byte:.4f}"
-        table.add_row(loss.data, windows, f"{loss.tokens:,}", f"{loss.nats_per_token:.4f}", bits)
+        table.add_row(Text(loss.data), windows, f"{loss.tokens:,}", f"{loss.nats_per_token:.4f}", bits)
     return table
 
 
@@ -119,8 +120,8 @@ def _task_table(results: Results, tasks: dict[str, Any]) -> Table:
             known = [one.figures.get(name) if METRICS.get(name) == metric else None for one in beside]
             count = counts.get(name, {}).get("effective")
             table.add_row(
-                name if first else "",
-                metric if how in ("", "none") else f"{metric} ({how})",
+                Text(name if first else ""),
+                Text(metric if how in ("", "none") else f"{metric} ({how})"),
                 f"{value:.4f}",
                 "" if error is None else f"± {error:.4f}",
                 str(shots.get(name, "")) if first else "",

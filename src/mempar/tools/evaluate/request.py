@@ -46,7 +46,9 @@ class Request:
         ):
             if number is not None and number < least:
                 raise ConfigError(f"{name} {number} must be at least {least}; raise it.")
-        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit == int(self.limit))):
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed {self.seed} is not a number from 0 to 2^32 - 1, as the harness takes; use one.")
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())):
             raise ConfigError(
                 f"--limit {self.limit:g} is neither a number of questions nor a share of them below 1; use one of "
                 "these."

@@ -92,8 +92,7 @@ def _start(parent: int, numbers: Any, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with numbers.get_lock():
         number, numbers.value = numbers.value, numbers.value + 1
-    # What tells a rank its GPU and its share of the cores; alone in a world of its own otherwise.
-    os.environ.pop("RANK", None)
+    # What tells a rank its GPU and its share of the cores.
     os.environ.update(LOCAL_RANK=str(number), LOCAL_WORLD_SIZE=str(count), TOKENIZERS_PARALLELISM="false")
 
 

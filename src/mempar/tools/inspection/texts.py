@@ -69,6 +69,8 @@ def check_asked(texts: Sequence[Asked]) -> None:
     for each in texts:
         if each.kind == "text" and not each.source:
             raise _empty(each)
+        if each.kind == "text" and not _is_unicode(each.source):
+            raise ConfigError("--text is not UTF-8; tokenizers take text; convert it, as `iconv -t utf-8` does.")
         if each.kind == "file" and not Path(each.source).is_file():
             raise ConfigError(f"--file {each.source}: there is no such file; it is a text file in UTF-8; name one.")
         if each.kind == "data":
@@ -167,6 +169,15 @@ def letters(encoder: Encoder, token: int) -> str:
     return "".join(
         _SHOWN.get(letter) or (letter if letter.isprintable() else f"\\x{ord(letter):02x}") for letter in text
     )
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text is one: arguments that are not UTF-8 have halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _text_of(asked: Asked, most: int) -> tuple[str, bool]:
