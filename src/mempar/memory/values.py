@@ -51,7 +51,7 @@ class ValueShard:
         self,
         part: TableSlice,
         *,
-        seed: int,
+        seed: int | None,
         number: int = 0,
         dtype: torch.dtype,
         device: torch.device,
@@ -63,7 +63,7 @@ class ValueShard:
 
         Args:
             part: the slice to hold.
-            seed: of the values.
+            seed: of the values; None for a table that is read from somewhere: they are left as they come.
             number: of the table in its model.
             dtype: of the values.
             device: where they lie.
@@ -72,7 +72,10 @@ class ValueShard:
             marks: take the time of it.
         """
         self.part = part
-        self.values = table_values(part, seed=seed, number=number, dtype=dtype, device=device)
+        if seed is None:
+            self.values = torch.empty(part.num_rows, part.num_columns, dtype=dtype, device=device)
+        else:
+            self.values = table_values(part, seed=seed, number=number, dtype=dtype, device=device)
         self.deposit_bytes = deposit_bytes
         self.backend = backend
         self.marks = marks or Marks()

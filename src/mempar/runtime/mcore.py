@@ -29,6 +29,7 @@ with warnings.catch_warnings():
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
+    from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
@@ -41,6 +42,7 @@ with warnings.catch_warnings():
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+    from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.module import Float16Module, MegatronModule
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -71,10 +73,34 @@ def unfused_column_parallel_linear() -> Any:
     return TEColumnParallelLinear
 
 
+def causal_past_the_prompt(attention: Any) -> Any:
+    """Let TransformerEngine's attention stay causal when several tokens follow those in a cache.
+
+    Megatron turns the mask off behind the first tokens of a sequence, counting on one token at a time.
+
+    Args:
+        attention: the class.
+
+    Returns:
+        A class like it.
+    """
+
+    class CausalPastThePrompt(attention):
+        def forward(
+            self, query: Any, key: Any, value: Any, attention_mask: Any, attn_mask_type: Any, **kwargs: Any
+        ) -> Any:
+            if attn_mask_type == AttnMaskType.no_mask and len(query) > 1:
+                attn_mask_type = AttnMaskType.causal_bottom_right
+            return super().forward(query, key, value, attention_mask, attn_mask_type=attn_mask_type, **kwargs)
+
+    return CausalPastThePrompt
+
+
 __all__ = [
     "HAS_TRANSFORMER_ENGINE",
     "MLP",
     "RUNS_ON_CPU",
+    "AttnMaskType",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "Float16Module",
@@ -91,10 +117,12 @@ __all__ = [
     "RotaryEmbedding",
     "ShardedTensor",
     "Split",
+    "StaticInferenceContext",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "VocabParallelCrossEntropy",
     "apply_factory_merges",
+    "causal_past_the_prompt",
     "dict_list_map_inplace",
     "dist_checkpointing",
     "extract_sharded_base",

@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,8 +58,13 @@ class Model:
             access.hook_factory = factory
 
 
-def transformer_config(run: RunConfig) -> Any:
-    """Translate a run into megatron's configuration."""
+def transformer_config(run: RunConfig, *, draws: bool = True) -> Any:
+    """Translate a run into megatron's configuration.
+
+    Args:
+        run: the run.
+        draws: whether parameters get values when they are made.
+    """
     model, sizes = run.model, run.parallel
     dtype = TORCH_DTYPES[run.train.dtype]
     vpp = sizes.vpp if sizes.vpp > 1 else None
@@ -83,7 +88,7 @@ def transformer_config(run: RunConfig) -> Any:
             params_dtype=dtype,
             pipeline_dtype=dtype,
             # Megatron marks tensor-parallel parameters only while initialising them; the values are ours (initial.py).
-            perform_initialization=True,
+            perform_initialization=draws,
             use_cpu_initialization=mcore.RUNS_ON_CPU,
             gradient_accumulation_fusion=False,
             bias_activation_fusion=False,
@@ -138,7 +143,10 @@ def _block_specs(run: RunConfig, transformer: Any, access: dict[str, TableAccess
 
 def _dense_spec() -> Any:
     if mcore.HAS_TRANSFORMER_ENGINE:
-        return mcore.get_gpt_layer_with_transformer_engine_spec()
+        spec: Any = mcore.get_gpt_layer_with_transformer_engine_spec()
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = mcore.causal_past_the_prompt(attention.core_attention)
+        return spec
     dense: Any = mcore.get_gpt_layer_local_spec(normalization="RMSNorm")
     dense.submodules.input_layernorm = RMSNorm
     dense.submodules.pre_mlp_layernorm = RMSNorm
@@ -184,37 +192,24 @@ def _build_chunk(
         rotary_base=run.model.rotary_base,
         vp_stage=vp_stage,
     )
-    with torch.no_grad():
-        for logical in own_parameters([chunk]):
-            whole = initial_value(
-                logical.name,
-                logical.shape,
-                seed=run.train.seed,
-                init_std=run.model.init_std,
-                num_layers=run.model.num_layers,
-            )
-            logical.param.copy_(logical.share_of(whole))
     keep_apart(chunk)
     return chunk
 
 
 def build_model(run: RunConfig, world: World, vocab_size: int) -> Model:
-    """Build this rank's part of the model and its shards of the tables, with initial values.
+    """Build this rank's part of the model and its shards of the tables, with initial values, to be trained.
 
     Args:
         run: the run.
         world: the ranks and groups it runs on.
         vocab_size: tokens of the tokenizer, before padding.
     """
-    transformer = transformer_config(run)
     in_flight = InFlight(runs_again=run.train.runs_memory_again)
     tables, access = make_tables(run, world, in_flight)
-    vp_stages = [None] if run.parallel.vpp == 1 else list(range(run.parallel.vpp))
+    transformer = transformer_config(run)
     vocab = run.model.padded_vocab(vocab_size)
-    chunks = [_build_chunk(run, transformer, access, vocab, vp_stage).to(world.device) for vp_stage in vp_stages]
-    wrapped = chunks
-    if transformer.bf16:
-        wrapped = [mcore.Float16Module(transformer, chunk) for chunk in chunks]
+    model = _assemble(run, world, transformer, vocab, in_flight, tables, access)
+    _draw(run, model.chunks)
     ddp = mcore.DistributedDataParallelConfig(
         use_distributed_optimizer=run.parallel.distributed_optimizer,
         grad_reduce_in_fp32=run.train.dtype != "float64",
@@ -222,13 +217,66 @@ def build_model(run: RunConfig, world: World, vocab_size: int) -> Model:
     )
     wrapped = [
         mcore.DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=place > 0)
-        for place, chunk in enumerate(wrapped)
+        for place, chunk in enumerate(model.wrapped)
     ]
+    return replace(model, wrapped=wrapped)
+
+
+def build_for_reading(
+    run: RunConfig,
+    world: World,
+    padded_vocab: int,
+    *,
+    in_flight: InFlight,
+    tables: list[Table],
+    access: dict[str, TableAccess],
+) -> Model:
+    """Build a model that is only read: nothing is drawn, and there are no buffers for gradients.
+
+    Args:
+        run: the run.
+        world: the ranks and groups it runs on.
+        padded_vocab: embeddings.
+        in_flight: what the layers compute.
+        tables: those that lie in memory.
+        access: how the layers of each memory reach its tables.
+
+    Returns:
+        The model, whose parameters have yet to be filled.
+    """
+    transformer = transformer_config(run, draws=False)
+    model = _assemble(run, world, transformer, padded_vocab, in_flight, tables, access)
+    for chunk in model.chunks:
+        chunk.requires_grad_(False).eval()
+    return model
+
+
+def _assemble(
+    run: RunConfig,
+    world: World,
+    transformer: Any,
+    vocab: int,
+    in_flight: InFlight,
+    tables: list[Table],
+    access: dict[str, TableAccess],
+) -> Model:
+    vp_stages = [None] if run.parallel.vpp == 1 else list(range(run.parallel.vpp))
+    chunks = [_build_chunk(run, transformer, access, vocab, vp_stage).to(world.device) for vp_stage in vp_stages]
+    wrapped = [mcore.Float16Module(transformer, chunk) for chunk in chunks] if transformer.bf16 else chunks
     return Model(
-        chunks=chunks,
-        wrapped=wrapped,
-        transformer=transformer,
-        in_flight=in_flight,
-        tables=tables,
-        access=access,
+        chunks=chunks, wrapped=wrapped, transformer=transformer, in_flight=in_flight, tables=tables, access=access
     )
+
+
+@torch.no_grad()
+def _draw(run: RunConfig, chunks: list[Any]) -> None:
+    """Give all parameters their initial values."""
+    for logical in own_parameters(chunks):
+        whole = initial_value(
+            logical.name,
+            logical.shape,
+            seed=run.train.seed,
+            init_std=run.model.init_std,
+            num_layers=run.model.num_layers,
+        )
+        logical.param.copy_(logical.share_of(whole))

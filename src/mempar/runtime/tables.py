@@ -95,13 +95,16 @@ class TableAccess:
         return readers
 
 
-def make_tables(run: RunConfig, world: World, in_flight: InFlight) -> tuple[list[Table], dict[str, TableAccess]]:
+def make_tables(
+    run: RunConfig, world: World, in_flight: InFlight, *, draws: bool = True
+) -> tuple[list[Table], dict[str, TableAccess]]:
     """Make this rank's shards with their initial values, and the ways to them.
 
     Args:
         run: the run.
         world: the ranks and groups it runs on.
         in_flight: which micro-batch is being computed.
+        draws: whether the shards get values; they are to be filled otherwise.
 
     Returns:
         The tables in global order, and the access of each memory on this rank's stage by its name.
@@ -118,25 +121,28 @@ def make_tables(run: RunConfig, world: World, in_flight: InFlight) -> tuple[list
                     memory=name,
                     config=config,
                     number=number,
-                    shard=_make_shard(run, world, name, number),
+                    shard=_make_shard(run, world, name, number, draws=draws),
                     copies=world.groups.copies[place],
                 )
             number += 1
         if mine:
             tables += mine.values()
             readers = Readers(**{part: _reader(run, world, name, table.shard) for part, table in mine.items()})
-            dp_ranks = [world.placement.grid.dp_rank(member) for member in _members(world)]
-            access[name] = TableAccess(
-                readers, in_flight, dp_ranks, run.value_dim_of(config), world.backend, world.marks
-            )
+            access[name] = access_through(readers, run, world, name, in_flight)
     return tables, access
 
 
-def _make_shard(run: RunConfig, world: World, memory: str, number: int) -> ValueShard:
+def access_through(readers: Readers, run: RunConfig, world: World, memory: str, in_flight: InFlight) -> TableAccess:
+    """How the layers of a memory reach its tables, given where rows come from."""
+    dp_ranks = [world.placement.grid.dp_rank(member) for member in _members(world)]
+    return TableAccess(readers, in_flight, dp_ranks, run.value_dim_of(run.memories[memory]), world.backend, world.marks)
+
+
+def _make_shard(run: RunConfig, world: World, memory: str, number: int, *, draws: bool) -> ValueShard:
     assert world.groups is not None
     return ValueShard(
         world.placement.memories[memory].plan.part_of(world.groups.memory.rank),
-        seed=run.train.seed,
+        seed=run.train.seed if draws else None,
         number=number,
         dtype=TORCH_DTYPES[run.table_dtype_of(run.memories[memory])],
         device=world.device,

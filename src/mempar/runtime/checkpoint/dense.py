@@ -41,6 +41,25 @@ def dense_parts(model: Model, optimizers: Optimizers) -> tuple[list[tuple[Box, T
     return parts, objects, common
 
 
+def weight_parts(model: Model) -> list[tuple[Box, Tensor]]:
+    """This rank's parameters as parts of logical tensors: views, so that filling them fills the model.
+
+    Every rank must call it. There need be no optimizer: what a checkpoint holds of one is not asked for.
+    """
+    sharded, _ = mcore.save_preprocess(_sharded_weights(model, _metadata()), validate_access_integrity=False)
+    parts: list[tuple[Box, Tensor]] = []
+    item: Any
+    for item in mcore.nested_values(sharded):
+        if isinstance(item, mcore.ShardedTensor):
+            box, data = _box_of(item), item.data
+            assert data is not None
+            # A copy would be filled in vain: `view` refuses what is not contiguous.
+            parts.append((box, data.detach().view(box.sizes)))
+    wanted = sum(param.numel() for chunk in model.chunks for param in chunk.parameters())
+    assert sum(box.num_elements for box, _ in parts) == wanted, "megatron describes other parameters than there are"
+    return parts
+
+
 class DenseTarget:
     """This rank's parameters and their optimizers' state, to be filled from a checkpoint.
 
@@ -103,16 +122,8 @@ def _box_of(item: Any) -> Box:
 
 
 def _sharded_state(model: Model, optimizers: Optimizers, *, loading: bool) -> dict[str, Any]:
-    metadata = {
-        "dp_cp_group": mcore.parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "non_homogeneous_layers": True,
-        "chained_optim_avoid_prefix": True,
-    }
-    state: dict[str, Any] = {
-        _chunk_name(model, place): chunk.sharded_state_dict(metadata=metadata)
-        for place, chunk in enumerate(model.chunks)
-    }
+    metadata = _metadata()
+    state = _sharded_weights(model, metadata)
     state["optimizer"] = optimizers.dense.sharded_state_dict(state, is_loading=loading, metadata=metadata)
     for member in _member_states(state["optimizer"], optimizers):
         if "fp32_from_fp16_params" in member:
@@ -121,6 +132,23 @@ def _sharded_state(model: Model, optimizers: Optimizers, *, loading: bool) -> di
                 group or mcore.LocalNonpersistentObject([]) for group in member["fp32_from_fp16_params"]
             ]
     return state
+
+
+def _sharded_weights(model: Model, metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
+        _chunk_name(model, place): chunk.sharded_state_dict(metadata=metadata)
+        for place, chunk in enumerate(model.chunks)
+    }
+
+
+def _metadata() -> dict[str, Any]:
+    """What megatron wants to be told when it describes a model."""
+    return {
+        "dp_cp_group": mcore.parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "non_homogeneous_layers": True,
+        "chained_optim_avoid_prefix": True,
+    }
 
 
 def _chunk_name(model: Model, place: int) -> str:

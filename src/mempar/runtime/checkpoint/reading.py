@@ -4,6 +4,7 @@ import io
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -67,13 +68,7 @@ class Reader:
             CheckpointError: when the checkpoint does not hold it, or a piece is damaged.
         """
         name = stored_name(box.name, self.manifest.tensors)
-        record = self.manifest.tensors.get(name)
-        if record is None or record.shape != box.shape or record.dtype != box.dtype:
-            held = "nothing of this name" if record is None else f"{record.dtype} {list(record.shape)}"
-            raise CheckpointError(
-                f"{self.manifest.root} does not hold {box.name} as {box.dtype} {list(box.shape)}, but {held}; a "
-                "checkpoint is continued by a run of the same model and precision; use its settings."
-            )
+        check_held(self.manifest, replace(box, name=name))
         missing = box.num_elements
         for path, piece in self.manifest.pieces_of(name):
             assert piece.box is not None
@@ -186,6 +181,21 @@ class Reader:
 
     def _path(self, path: str) -> Path:
         return self.manifest.root / path
+
+
+def check_held(manifest: Manifest, box: Box) -> None:
+    """Check that a checkpoint has a tensor of a part's name, whole shape and type.
+
+    Raises:
+        CheckpointError: when it has none, or another one.
+    """
+    record = manifest.tensors.get(box.name)
+    if record is None or record.shape != box.shape or record.dtype != box.dtype:
+        held = "nothing of this name" if record is None else f"{record.dtype} {list(record.shape)}"
+        raise CheckpointError(
+            f"{manifest.root} does not hold {box.name} as {box.dtype} {list(box.shape)}, but {held}; a checkpoint is "
+            "continued by a run of the same model and precision; use its settings."
+        )
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
+from mempar.runtime.host_memory import GROUPS, MEMORY_LIMITS, membership, memory_groups
 from mempar.tools.doctor.finding import ERROR, NOTE, OK, WARNING, Finding, counted, size
 
 # Connections of a rank grow with the ranks in its groups, about a dozen of them; the rest are files and libraries.
@@ -52,7 +53,7 @@ def collect() -> Limits:
         core_bytes=_limit(resource.getrlimit(resource.RLIMIT_CORE)[0]),
         shm_bytes=_shm_bytes(),
         memory_bytes=_memory_bytes(),
-        cgroup_bytes=_cgroup_bytes(Path("/sys/fs/cgroup"), _cgroup()),
+        cgroup_bytes=_cgroup_bytes(GROUPS, membership()),
         overcommit=_number(Path("/proc/sys/vm/overcommit_memory")) or 0,
     )
 
@@ -223,28 +224,12 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _cgroup() -> str:
-    try:
-        return Path("/proc/self/cgroup").read_text()
-    except OSError:
-        return ""
-
-
-def _cgroup_bytes(root: Path, membership: str) -> int | None:
+def _cgroup_bytes(root: Path, groups: str) -> int | None:
     """The least memory limit of this process's control groups and all above them.
 
     Args:
         root: /sys/fs/cgroup.
-        membership: contents of /proc/self/cgroup.
+        groups: contents of /proc/self/cgroup.
     """
-    limits = []
-    for line in membership.splitlines():
-        _, controllers, path = [*line.split(":", 2), "", "", ""][:3]
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
-        here = base / path.lstrip("/")
-        for folder in (here, *here.parents):
-            if folder.is_relative_to(base) and (limit := _number(folder / name)) is not None:
-                limits.append(limit)
-    return min(limits, default=None)
+    limits = (_number(group / MEMORY_LIMITS[version]) for group, version in memory_groups(root, groups))
+    return min((limit for limit in limits if limit is not None), default=None)
