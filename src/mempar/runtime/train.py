@@ -1,6 +1,7 @@
 """The training loop: from a laid-out world and a run's directory to a trained model on disk."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,12 @@ from mempar.runtime.usage import UsageMonitor, usage_lines
 
 
 class Trainer:
-    """One run on one rank."""
+    """One run on one rank.
+
+    Attributes:
+        after_step: called with the numbers of every step that stands, before it is saved; on every rank, so that it
+            may compute with the model, and None unless somebody sets it.
+    """
 
     def __init__(
         self,
@@ -83,6 +89,7 @@ class Trainer:
         self.watch = Watch(run, world, directory, self.model, self.optimizers, self.progress)
         self.recorder = SlotRecorder(self.stepper, self.model, directory.slots)
         write_layout(directory.layout, world, self.model, self.optimizers)
+        self.after_step: Callable[[StepReport], None] | None = None
         self.terminal: Terminal | None = None
         self.log: MetricsLog | None = None
         if world.is_main:
@@ -109,11 +116,13 @@ class Trainer:
                 self._save()
         while self.progress.step < train.steps and not self.stopping.agreed:
             with self.stopping.timed("step"):
-                self._step()
+                report = self._step()
             if self.keeper.all_written:
                 self._finish_save()
             if self._went_back():
                 continue
+            if self.after_step is not None:
+                self.after_step(report)
             step = self.progress.step
             last = step == train.steps
             saves = bool(train.save_interval and step % train.save_interval == 0) or last
@@ -149,7 +158,7 @@ class Trainer:
         meta = {"progress": self.progress.meta(), HISTORY_SINCE: self.usage.since, DATA: self.data, **self._passed_on}
         self.keeper.save(meta, self.watch.good_before)
 
-    def _step(self) -> None:
+    def _step(self) -> StepReport:
         train, grid, progress = self.run.train, self.world.placement.grid, self.progress
         started = time.monotonic()
         self.heartbeat.mark(Phase.DATA, progress.step + 1)
@@ -178,6 +187,7 @@ class Trainer:
         usage, profile = self.usage.report(progress.step), self.profile.report(progress.step)
         if self.world.is_main:
             self._record(report, factors, time.monotonic() - started, usage, profile)
+        return report
 
     def _went_back(self) -> bool:
         """Tell of a spike and roll back if that is what to do; every rank must call it."""

@@ -1,0 +1,128 @@
+"""Which runs a study consists of: three sizes of the same study, each of models and seeds.
+
+`quick` is a first look, `full` what results are reported of, both on two cores; `large` takes a GPU.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from mempar.errors import ConfigError
+from mempar.tools.study.settings import Settings
+from mempar.tools.study.variants import (
+    DENSE,
+    MEMORY,
+    MEMORY_PLUS,
+    MOE,
+    PEER,
+    TWICE,
+    VARIANTS,
+    WITHOUT_SLOTS,
+    Entrant,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study.
+
+    Attributes:
+        settings: of every run.
+        slots: sizes of the tables of `memory` and `memory_plus`.
+        matched_slots: the size whose parameters MoE and PEER have.
+        variants: that take part.
+        num_seeds: of each model.
+    """
+
+    settings: Settings
+    slots: tuple[int, ...]
+    matched_slots: int
+    variants: tuple[str, ...] = VARIANTS
+    num_seeds: int = 3
+
+    @property
+    def entrants(self) -> list[Entrant]:
+        """The models, in the order in which they run."""
+        slots = {MOE: (self.matched_slots,), PEER: (self.matched_slots,), MEMORY: self.slots, MEMORY_PLUS: self.slots}
+        slots |= dict.fromkeys(WITHOUT_SLOTS, (0,))
+        return [Entrant(variant=name, slots=number) for name in self.variants for number in slots[name]]
+
+    @property
+    def runs(self) -> Iterator[tuple[Entrant, int]]:
+        """Models and seeds: all models with one seed before any with another, so that what is there compares."""
+        return ((entrant, seed) for seed in range(1, self.num_seeds + 1) for entrant in self.entrants)
+
+
+STUDIES = {
+    "quick": Study(settings=Settings(facts=4000, steps=600), slots=(1024, 16384), matched_slots=16384, num_seeds=1),
+    "full": Study(settings=Settings(facts=12000, steps=2000), slots=(1024, 4096, 16384, 65536), matched_slots=16384),
+    "large": Study(settings=Settings(facts=60000, steps=20000), slots=(4096, 16384, 65536, 262144), matched_slots=65536),
+}
+
+
+def study_of(size: str, *, variants: Sequence[str] = (), num_seeds: int | None = None, given: Sequence[str] = ()) -> Study:
+    """A study of some size, changed as the user wants it.
+
+    Args:
+        size: quick, full or large.
+        variants: to take part; all of that size unless given.
+        num_seeds: of each model.
+        given: settings as `KEY=VALUE`.
+
+    Raises:
+        ConfigError: for an unknown size, variant or setting, with near names, and for a value that is none.
+    """
+    if size not in STUDIES:
+        raise ConfigError(f"--size {size} is not known; a study is of one of: {', '.join(STUDIES)}; use one of these.")
+    study = STUDIES[size]
+    if num_seeds is not None and num_seeds < 1:
+        raise ConfigError(f"--seeds {num_seeds} runs nothing; every model needs at least one seed; raise it.")
+    check_variants(variants)
+    return dataclasses.replace(
+        study,
+        settings=_with(study.settings, given),
+        variants=tuple(name for name in study.variants if not variants or name in variants),
+        num_seeds=num_seeds or study.num_seeds,
+    )
+
+
+def check_variants(names: Sequence[str]) -> None:
+    """Refuse names that are no variant.
+
+    Raises:
+        ConfigError: with near names.
+    """
+    for name in names:
+        if name not in VARIANTS:
+            raise ConfigError(f"--variants: '{name}' is no model of the study; {_hint(name, VARIANTS)}")
+
+
+def _with(settings: Settings, given: Sequence[str]) -> Settings:
+    names = [field.name for field in dataclasses.fields(Settings)]
+    schema: Any = OmegaConf.structured(settings)
+    OmegaConf.set_readonly(schema, False)
+    for assignment in given:
+        name, equals, _ = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"'{assignment}' is no setting; write KEY=VALUE, e.g. steps=500.")
+        if name not in names:
+            raise ConfigError(f"'{name}' is no setting of the study; {_hint(name, names)}")
+        try:
+            schema.merge_with(OmegaConf.from_dotlist([assignment]))
+        except (OmegaConfBaseException, YAMLError, TypeError, ValueError):
+            kind = next(field.type for field in dataclasses.fields(Settings) if field.name == name)
+            raise ConfigError(
+                f"'{assignment}': {name} must be {getattr(kind, '__name__', kind)}; give a value of that type."
+            ) from None
+    found: Any = OmegaConf.to_object(schema)
+    return found
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"did you mean {', '.join(near)}?" if near else f"use one of {', '.join(known)}."

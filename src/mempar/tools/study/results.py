@@ -1,0 +1,236 @@
+"""What runs come to: one object a run in results.json, checked when it is read, and joined over seeds."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mempar.errors import ConfigError
+from mempar.tools.study.directory import read_json
+from mempar.tools.study.variants import VARIANTS, Entrant
+
+# Two-sided 95% quantiles of Student's t by degrees of freedom; the normal one beyond.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_T95_MANY = 1.96
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """What a run knew at a step.
+
+    Attributes:
+        step: number of steps done.
+        accuracy: share of the facts asked that were recalled.
+        answer_loss: nats a token of their answers.
+        loss: of training, mean since the point before.
+    """
+
+    step: int
+    accuracy: float
+    answer_loss: float
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        variant: of the model.
+        slots: of its table, or of the Memory+ whose parameters are matched; 0 without.
+        seed: of initial values and data order.
+        params: all parameters.
+        table_params: of them in tables.
+        flops_per_token: of training.
+        steps: done.
+        tokens: seen.
+        accuracy: share of all facts that are recalled at the end.
+        loss: of training, mean over the last interval.
+        answer_loss: nats a token of the answers.
+        coverage: share of the slots read in the last interval; None without a table.
+        coverage_ever: share of the slots that were ever read.
+        by_kind: accuracy by kind of fact.
+        seconds: that training took, without evaluation.
+        curve: from evaluation to evaluation.
+    """
+
+    variant: str
+    slots: int
+    seed: int
+    params: int
+    table_params: int
+    flops_per_token: int
+    steps: int
+    tokens: int
+    accuracy: float
+    loss: float
+    answer_loss: float
+    coverage: float | None = None
+    coverage_ever: float | None = None
+    by_kind: dict[str, float]
+    seconds: float
+    curve: list[Point]
+
+    @property
+    def entrant(self) -> Entrant:
+        """Which model it is of."""
+        return Entrant(variant=self.variant, slots=self.slots)
+
+
+def gather_results(runs: Path) -> list[Result]:
+    """Read what runs have left behind, in the order of models and seeds.
+
+    Raises:
+        ConfigError: for a file that is none of a study's.
+    """
+    found = [result_of(read_json(path), path) for path in sorted(runs.glob("*/result.json"))]
+    return in_order(found)
+
+
+def load_results(path: Path) -> list[Result]:
+    """Read results.json.
+
+    Raises:
+        ConfigError: when it is not there, or not a study's.
+    """
+    found = read_json(path)
+    if not isinstance(found, list) or not found:
+        raise ConfigError(f"{path} holds no list of runs; results of a study are one; name a study with results.")
+    return in_order([result_of(each, path) for each in found])
+
+
+def save_results(path: Path, results: Sequence[Result]) -> bytes:
+    """The content of results.json: one object a run, a line each."""
+    lines = ",\n".join(json.dumps(dataclasses.asdict(result), allow_nan=False) for result in results)
+    return f"[\n{lines}\n]\n".encode()
+
+
+def in_order(results: Sequence[Result]) -> list[Result]:
+    """Models as the study names them, small tables first, seeds ascending."""
+    return sorted(results, key=lambda each: (VARIANTS.index(each.variant), each.slots, each.seed))
+
+
+def result_of(found: Any, path: Path) -> Result:
+    """Check an object.
+
+    Args:
+        found: plain JSON.
+        path: where it is from.
+
+    Raises:
+        ConfigError: when it lacks something, or a value is impossible.
+    """
+    try:
+        curve = [Point(**{field.name: point[field.name] for field in dataclasses.fields(Point)}) for point in found["curve"]]
+        names = [field.name for field in dataclasses.fields(Result) if field.name in found and field.name != "curve"]
+        result = Result(curve=curve, **{name: found[name] for name in names})
+        _check(result)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} holds what is no result of a study ({type(error).__name__}: {error}); restore or delete it."
+        ) from None
+    return result
+
+
+def _check(result: Result) -> None:
+    if result.variant not in VARIANTS:
+        raise ValueError(f"variant {result.variant!r} is not known")
+    counts = (result.slots, result.seed, result.params, result.table_params, result.flops_per_token, result.steps)
+    if any(type(count) is not int or count < 0 for count in (*counts, result.tokens)):
+        raise ValueError("counts are whole numbers from 0")
+    shares = [result.accuracy, *result.by_kind.values(), *(point.accuracy for point in result.curve)]
+    shares += [share for share in (result.coverage, result.coverage_ever) if share is not None]
+    if any(not 0 <= share <= 1 for share in shares):
+        raise ValueError("shares are from 0 to 1")
+    others = [result.loss, result.answer_loss, result.seconds]
+    others += [number for point in result.curve for number in (point.loss, point.answer_loss)]
+    if any(not math.isfinite(number) or number < 0 for number in others):
+        raise ValueError("losses and seconds are finite and not negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mean:
+    """A mean over seeds.
+
+    Attributes:
+        value: the mean.
+        deviation: standard deviation of a seed; 0 with one.
+        count: seeds.
+    """
+
+    value: float
+    deviation: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.deviation:.3f}" if self.count > 1 else f"{self.value:.3f}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How much higher one model's figure is than another's, with the same seeds.
+
+    Attributes:
+        value: mean of the differences by seed.
+        margin: half of its 95% interval, by Student's t; infinite with one seed.
+        count: seeds.
+    """
+
+    value: float
+    margin: float
+    count: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return abs(self.value) > self.margin
+
+
+class Results:
+    """The results of a study, by model."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self.all = in_order(results)
+        self._of: defaultdict[Entrant, list[Result]] = defaultdict(list)
+        for result in self.all:
+            self._of[result.entrant].append(result)
+
+    @property
+    def entrants(self) -> list[Entrant]:
+        """Models that have results, in order."""
+        return list(self._of)
+
+    def of_variant(self, variant: str) -> list[Entrant]:
+        """Its models that have results, small tables first."""
+        return [entrant for entrant in self._of if entrant.variant == variant]
+
+    def runs(self, entrant: Entrant) -> list[Result]:
+        """Results of a model, one a seed."""
+        return self._of[entrant] if entrant in self._of else []
+
+    def mean(self, entrant: Entrant, figure: Callable[[Result], float]) -> Mean:
+        """Join a figure of a model's runs, of which there are some."""
+        return mean_of([figure(result) for result in self.runs(entrant)])
+
+    def difference(self, one: Entrant, other: Entrant, figure: Callable[[Result], float]) -> Difference | None:
+        """Compare a figure of two models over the seeds that both have; None where there are none."""
+        others = {result.seed: figure(result) for result in self.runs(other)}
+        found = [figure(result) - others[result.seed] for result in self.runs(one) if result.seed in others]
+        if not found:
+            return None
+        mean = mean_of(found)
+        margin = math.inf
+        if mean.count > 1:
+            quantile = _T95[mean.count - 2] if mean.count - 2 < len(_T95) else _T95_MANY
+            margin = quantile * mean.deviation / math.sqrt(mean.count)
+        return Difference(value=mean.value, margin=margin, count=mean.count)
+
+
+def mean_of(numbers: Sequence[float]) -> Mean:
+    """Mean and standard deviation of at least one number."""
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+    return Mean(value=statistics.fmean(numbers), deviation=deviation, count=len(numbers))

@@ -1,0 +1,76 @@
+"""What a study consists of: facts, models, training, how often is asked; quick, full and large."""
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides a study's results, beside versions of software.
+
+    Attributes:
+        facts: how many there are to be learned.
+        fact_seed: of their choice, of held-out wordings and of the corpus.
+        vocab_size: tokens of the study's tokenizer, at the most.
+        seq_length: tokens of a document, which is a sample.
+        steps: of each run.
+        batch_size: samples a step.
+        micro_batch_size: samples at a time; 0 takes all of a step.
+        dtype: of training.
+        hidden_size: C of every model.
+        num_layers: L of every model.
+        attention_heads: of every block.
+        ffn_hidden_size: width of the dense model's feed-forward networks; those of others follow from it.
+        init_std: of dense weights.
+        lr: peak learning rate of dense parameters, of all variants.
+        final_lr_share: what is left of it at the end.
+        warmup_steps: until it is reached.
+        schedule: of all rates.
+        weight_decay: of dense parameters; values have none.
+        memory_layers: blocks of `memory` and `peer`.
+        memory_plus_layers: blocks of `memory_plus`.
+        memory_heads: H.
+        top_k: K.
+        key_dim: 2Q.
+        qk_norm: whether queries and keys are normalised.
+        values_lr_multiplier: how many times the dense rate the values learn at.
+        evaluation_interval: steps between evaluations.
+        asked: facts that are asked for at an evaluation before the last, which asks for all.
+    """
+
+    facts: int
+    fact_seed: int = 1
+    vocab_size: int = 1024
+    seq_length: int = 64
+    steps: int
+    batch_size: int = 64
+    micro_batch_size: int = 0
+    dtype: str = "float32"
+    hidden_size: int = 64
+    num_layers: int = 3
+    attention_heads: int = 4
+    ffn_hidden_size: int = 172
+    init_std: float = 0.05
+    lr: float = 3e-3
+    final_lr_share: float = 0.1
+    warmup_steps: int = 50
+    schedule: str = "cosine"
+    weight_decay: float = 0.1
+    memory_layers: tuple[int, ...] = (1,)
+    memory_plus_layers: tuple[int, ...] = (1, 2)
+    memory_heads: int = 4
+    top_k: int = 8
+    key_dim: int = 32
+    qk_norm: bool = False
+    values_lr_multiplier: float = 10.0
+    evaluation_interval: int = 100
+    asked: int = 2000
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a run."""
+        return self.steps * self.batch_size * self.seq_length
+
+    def to_json(self) -> dict:
+        """The settings by name, as JSON has them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}

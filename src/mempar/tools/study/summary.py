@@ -1,0 +1,164 @@
+"""What the results show, in one paragraph: who recalls more, by how much, and where memory does not help.
+
+Differences are taken seed by seed; one is called clear when its 95% interval by Student's t leaves out 0, and is said
+to be none otherwise. With one seed nothing is clear, and the paragraph says so.
+"""
+
+from collections.abc import Callable, Sequence
+
+from mempar.tools.study.results import Difference, Result, Results
+from mempar.tools.study.variants import DENSE, MEMORY, MEMORY_PLUS, MOE, PEER, TWICE, Entrant
+
+_NAMES = {
+    DENSE: "the dense model",
+    TWICE: "the dense model of twice the compute",
+    MOE: "experts",
+    PEER: "PEER",
+    MEMORY: "Memory",
+    MEMORY_PLUS: "Memory+",
+}
+_SHORT = {DENSE: "dense", TWICE: "dense, 2x compute", MOE: "MoE", PEER: "PEER", MEMORY: "Memory", MEMORY_PLUS: "Memory+"}
+
+
+def summarise(results: Sequence[Result]) -> str:
+    """Say what results show.
+
+    Args:
+        results: of a study, at least one.
+    """
+    found = Results(results)
+    seeds = max(len(found.runs(entrant)) for entrant in found.entrants)
+    last = found.all[0]
+    said = [
+        f"After {last.steps:,} steps ({last.tokens / 1e6:.1f}M tokens), asked in a wording that a fact was never told in"
+        f"{_of_seeds(seeds)}:"
+    ]
+    dense = Entrant(variant=DENSE)
+    plus = found.of_variant(MEMORY_PLUS)
+    if dense in found.entrants and plus:
+        said += _against_dense(found, dense, max(plus, key=lambda each: found.mean(each, _accuracy).value))
+    said += _with_equal_parameters(found)
+    said += _by_size(found)
+    said += _limits(found, dense)
+    if len(said) == 1:
+        said.append("; ".join(f"{title(entrant)} {_share(found, entrant)}" for entrant in found.entrants) + ".")
+    if seeds == 1:
+        said.append("One seed does not tell a difference from chance.")
+    return " ".join(said)
+
+
+def title(entrant: Entrant) -> str:
+    """A model as plots and tables name it."""
+    slots = f", {entrant.slots:,} slots" if entrant.variant in (MEMORY, MEMORY_PLUS) else ""
+    return f"{_SHORT[entrant.variant]}{slots}"
+
+
+def _against_dense(found: Results, dense: Entrant, best: Entrant) -> list[str]:
+    said = [
+        f"{_name(best)} recalls {_share(found, best)} of the facts and {_NAMES[DENSE]} of as many FLOPs a token "
+        f"{_share(found, dense)}, {_phrase(found.difference(best, dense, _accuracy))}."
+    ]
+    twice = Entrant(variant=TWICE)
+    if twice in found.entrants:
+        said.append(
+            f"{_capital(_NAMES[TWICE])} recalls {_share(found, twice)}: against it {_name(best)} has "
+            f"{_phrase(found.difference(best, twice, _accuracy))}."
+        )
+    return said
+
+
+def _with_equal_parameters(found: Results) -> list[str]:
+    """Against what has the parameters of a Memory+."""
+    said = []
+    for variant in (MOE, PEER):
+        for entrant in found.of_variant(variant):
+            plus = Entrant(variant=MEMORY_PLUS, slots=entrant.slots)
+            if plus in found.entrants:
+                said.append(
+                    f"With as many parameters {_NAMES[variant]} recall{'s' if variant == PEER else ''} "
+                    f"{_share(found, entrant)} and {_name(plus)} {_share(found, plus)}, "
+                    f"{_phrase(found.difference(plus, entrant, _accuracy))}."
+                )
+    return said
+
+
+def _by_size(found: Results) -> list[str]:
+    said = []
+    for variant in (MEMORY_PLUS, MEMORY):
+        tables = found.of_variant(variant)
+        if len(tables) > 1:
+            small, large = tables[0], tables[-1]
+            said.append(
+                f"From {small.slots:,} to {large.slots:,} slots {_NAMES[variant]} goes from {_share(found, small)} to "
+                f"{_share(found, large)}, {_phrase(found.difference(large, small, _accuracy))}."
+            )
+    return said
+
+
+def _limits(found: Results, dense: Entrant) -> list[str]:
+    """Where memory does not help: models, kinds of facts, and how long it takes."""
+    if dense not in found.entrants:
+        return []
+    said = []
+    tables = [*found.of_variant(MEMORY), *found.of_variant(MEMORY_PLUS)]
+    compared = {each: found.difference(each, dense, _accuracy) for each in tables}
+    without = [each for each, by in compared.items() if by is not None and by.count > 1 and by.value <= by.margin]
+    if without:
+        said.append(f"Not clearly above {_NAMES[DENSE]}: {_listed([_name(each) for each in without])}.")
+    if plus := found.of_variant(MEMORY_PLUS):
+        best = max(plus, key=lambda each: found.mean(each, _accuracy).value)
+        said += _kinds_without(found, dense, best)
+        seconds = [found.mean(each, lambda result: result.seconds).value for each in (best, dense)]
+        if seconds[1]:
+            said.append(f"{_name(best)} took {seconds[0] / seconds[1]:.1f} times as long as {_NAMES[DENSE]} here.")
+    return said
+
+
+def _kinds_without(found: Results, dense: Entrant, best: Entrant) -> list[str]:
+    """Kinds of facts of which a model does not clearly recall more."""
+    kinds = found.runs(best)[0].by_kind
+    compared = {kind: found.difference(best, dense, _of_kind(kind)) for kind in kinds}
+    without = [kind for kind, by in compared.items() if by is not None and by.count > 1 and by.value <= by.margin]
+    if not without:
+        return []
+    return [f"It is not clearly better than that at these kinds of facts: {_listed(without)}."]
+
+
+def _of_kind(kind: str) -> Callable[[Result], float]:
+    return lambda result: result.by_kind.get(kind, 0.0)
+
+
+def _accuracy(result: Result) -> float:
+    return result.accuracy
+
+
+def _share(found: Results, entrant: Entrant) -> str:
+    mean = found.mean(entrant, _accuracy)
+    return f"{mean.value:.1%}" + (f" (±{100 * mean.deviation:.1f})" if mean.count > 1 else "")
+
+
+def _phrase(by: Difference | None) -> str:
+    """A difference in words: clear, none that is clear, or of one seed."""
+    if by is None:
+        return "with no seed in common"
+    points = f"{abs(100 * by.value):.1f} points {'more' if by.value >= 0 else 'fewer'}"
+    if by.count == 1:
+        return points
+    interval = f"95% interval {100 * (by.value - by.margin):+.1f} to {100 * (by.value + by.margin):+.1f}"
+    return f"{points} ({interval})" if by.is_clear else f"no clear difference ({points}, {interval})"
+
+
+def _name(entrant: Entrant) -> str:
+    return f"{_NAMES[entrant.variant]} with {entrant.slots:,} slots" if entrant.slots else _NAMES[entrant.variant]
+
+
+def _of_seeds(seeds: int) -> str:
+    return f" (means of {seeds} seeds, ± their standard deviation)" if seeds > 1 else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

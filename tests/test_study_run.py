@@ -1,0 +1,127 @@
+"""mempar.tools.study.one_run and command: runs that train, are asked, are interrupted; and a whole study, end to end."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mempar.runtime.launch.heartbeat import Heartbeat
+from mempar.runtime.launch.stopping import Stopping
+from mempar.runtime.run_dir import RunDir, open_new
+from mempar.tools.study import command, corpus, plan
+from mempar.tools.study.command import Request, plan_runs, recall
+from mempar.tools.study.directory import StudyDir
+from mempar.tools.study.examination import Examination
+from mempar.tools.study.one_run import CURVE, ENTRANT, RESULT, train_and_examine
+from mempar.tools.study.plan import Study
+from mempar.tools.study.results import load_results, result_of
+from mempar.tools.study.schedule import Planned
+from page_reader import read_page
+from rank_pool import RankPool
+from study_runs import MICRO
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STUDY = Study(settings=MICRO, slots=(64,), matched_slots=64, num_seeds=1)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> StudyDir:
+    """A micro study whose data are there."""
+    found = StudyDir(tmp_path_factory.mktemp("study"))
+    found.open("quick", MICRO)
+    corpus.build(found.corpus, MICRO)
+    return found
+
+
+def run_to(root: str, stop_after: int = 0) -> str:
+    """Do a run on this rank of the pool, or its beginning; returns why it was stopped."""
+    stopping = Stopping()
+    after_step = Examination.after_step
+
+    def then_stop(self: Examination, report: Any) -> None:
+        after_step(self, report)
+        if self.trainer.progress.step == stop_after:
+            stopping.wish("SIGTERM")
+
+    Examination.after_step = then_stop
+    try:
+        train_and_examine(RunDir(Path(root)), stopping, Heartbeat())
+    finally:
+        Examination.after_step = after_step
+    return stopping.agreed
+
+
+def begin(one: Planned, root: Path) -> Path:
+    """The directory of a run that has not begun."""
+    open_new(root, one.run)
+    entrant = {"variant": one.entrant.variant, "slots": one.entrant.slots, "corpus": str(one.corpus)}
+    (root / ENTRANT).write_text(json.dumps({**entrant, "asked": one.asked, "evaluation_interval": 2}))
+    return root
+
+
+def rows(root: Path) -> list[dict[str, Any]]:
+    """Rows of the curve without the time that they took."""
+    found = [json.loads(line) for line in (root / CURVE).read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
+
+
+@pytest.mark.parametrize("variant", plan.VARIANTS)
+def test_every_model_trains_and_is_asked(variant: str, pool: RankPool, paths: StudyDir, tmp_path: Path) -> None:
+    (one,) = plan_runs(dataclasses.replace(STUDY, variants=(variant,)), paths)
+    root = begin(one, tmp_path / "run")
+    assert pool.run(1, run_to, str(root)) == [""]
+    result = result_of(json.loads((root / RESULT).read_text()), root / RESULT)
+    assert (result.variant, result.slots) == (variant, one.entrant.slots) and result.steps == MICRO.steps
+    assert result.tokens == MICRO.tokens
+    assert [point.step for point in result.curve] == [2, 4, 6] and result.curve[-1].accuracy == result.accuracy
+    assert result.curve[-1].loss < result.curve[0].loss
+    assert (result.coverage is not None) == (variant in ("memory", "memory_plus", "peer")) == (result.table_params > 0)
+
+
+def test_run_that_was_stopped_goes_on_bit_for_bit(pool: RankPool, paths: StudyDir, tmp_path: Path) -> None:
+    (one,) = plan_runs(dataclasses.replace(STUDY, variants=("memory_plus",)), paths)
+    whole, parts = (begin(one, tmp_path / name) for name in ("whole", "parts"))
+    pool.run(1, run_to, str(whole))
+    assert pool.run(1, run_to, str(parts), 3) == ["SIGTERM"]
+    assert not (parts / RESULT).exists() and [row["step"] for row in rows(parts)] == [2]
+    # As if it had been killed after a row behind its checkpoint.
+    with (parts / CURVE).open("a") as file:
+        file.write(json.dumps({"step": 4, "seconds": 1.0}) + '\n{"step": 6,')
+    assert pool.run(1, run_to, str(parts)) == [""]
+    assert rows(parts) == rows(whole)
+    # And once more, as if it had been killed before its result was written.
+    before = json.loads((parts / RESULT).read_text())
+    (parts / RESULT).unlink()
+    pool.run(1, run_to, str(parts))
+    after = json.loads((parts / RESULT).read_text())
+    assert before == after
+
+
+def test_study_end_to_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(plan.STUDIES, "quick", STUDY)
+    said: list[str] = []
+    request = Request(size="quick", variants=("dense", "memory_plus"), jobs=2, out=tmp_path / "study")
+    results = recall(request, said.append)
+    assert [result.variant for result in results] == ["dense", "memory_plus"]
+    paths = StudyDir(tmp_path / "study")
+    assert load_results(paths.results) == results
+    page = read_page(paths.page.read_text())
+    assert "accuracy-by-slots" in page.drawn and paths.picture.exists()
+    assert paths.summary.read_text().startswith("After 6 steps") and any(line.startswith("After 6 steps") for line in said)
+    # Another time nothing is run, and what was lost is drawn again.
+    shutil.rmtree(paths.corpus)
+    paths.page.unlink()
+    monkeypatch.setattr(command, "run_all", lambda planned, *rest, **more: _nothing_to_do(planned))
+    assert recall(request, said.append) == results and paths.page.exists()
+
+
+def _nothing_to_do(planned: list[Planned]) -> Any:
+    from mempar.tools.study.schedule import Ending
+
+    assert all(one.is_done for one in planned)
+    return Ending(stopped="", failed={})

@@ -1,0 +1,120 @@
+"""mempar.tools.study.schedule, command and options: runs side by side, done once, gone on with, or failed."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mempar.errors import ConfigError, MemparError
+from mempar.runtime.config import RunConfig
+from mempar.tools.study import schedule
+from mempar.tools.study.schedule import Ending, Planned, check_ending, run_all
+from mempar.tools.study.variants import Entrant
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs be stubs."""
+    monkeypatch.setattr(schedule, "_WORKER", "study_stub")
+    monkeypatch.setattr(schedule, "_POLL_SECONDS", 0.02)
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+
+def planned(root: Path, *variants: str, seeds: int = 1) -> list[Planned]:
+    return [
+        Planned(
+            entrant=Entrant(variant=variant, slots=0),
+            run=RunConfig(name=f"{variant}-seed{seed}"),
+            root=root / f"{variant}-seed{seed}",
+            corpus=root / "corpus",
+            asked=10,
+            evaluation_interval=2,
+        )
+        for seed in range(1, seeds + 1)
+        for variant in variants
+    ]
+
+
+def starts(runs: list[Planned]) -> list[int]:
+    """How often each run was started."""
+    return [len((one.root / "started").read_text()) if one.root.exists() else 0 for one in runs]
+
+
+def stop_when(condition: Callable[[], bool]) -> threading.Thread:
+    """Send SIGTERM to this process when something is seen."""
+
+    def watch() -> None:
+        while not condition():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_runs_are_done_once_and_leave_no_weights(tmp_path: Path) -> None:
+    said: list[str] = []
+    runs = planned(tmp_path, "dense", "memory", seeds=2)
+    assert run_all(runs, 2, keep_models=False, say=said.append) == Ending(stopped="", failed={})
+    assert starts(runs) == [1] * 4 and len(said) == 4 and said[-1].startswith("4 of 4: ")
+    assert not [one for one in runs if (one.root / "checkpoints").exists()]
+    # What is done is not done again, and what came back is.
+    (runs[1].root / "result.json").unlink()
+    assert run_all(runs, 2, keep_models=True, say=said.append).failed == {}
+    assert starts(runs) == [1, 2, 1, 1] and (runs[1].root / "checkpoints").exists()
+    assert said[-1].startswith("4 of 4: memory-seed1, 0.100 recalled")
+
+
+def test_run_that_fails_keeps_no_other_from_running_and_is_tried_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    runs = planned(tmp_path, "peer", "dense", "memory")
+    ending = run_all(runs, 1, keep_models=False, say=said.append)
+    assert ending.failed == {"peer-seed1": "status 3: the disk is full"}
+    assert [one.is_done for one in runs] == [False, True, True]
+    assert f"peer-seed1 failed with status 3; see {runs[0].root / 'log'}" in said
+    with pytest.raises(MemparError, match=r"peer-seed1 failed \(status 3: the disk is full\)") as error:
+        check_ending(ending)
+    assert error.value.exit_status == 1
+    run_all(runs, 1, keep_models=False, say=said.append)
+    assert starts(runs) == [2, 1, 1]
+
+
+def test_study_that_is_ended_lets_runs_save_and_goes_on(tmp_path: Path) -> None:
+    runs = planned(tmp_path, "moe", "dense", "memory", seeds=2)
+    watching = stop_when(lambda: (runs[0].root / "waiting").exists())
+    ending = run_all(runs, 1, keep_models=False, say=print)
+    watching.join()
+    assert ending == Ending(stopped="SIGTERM", failed={})
+    assert (runs[0].root / "ended").exists() and starts(runs) == [1, 0, 0, 0, 0, 0]
+    (runs[3].root).mkdir()
+    (runs[3].root / "ended").touch()
+
+
+def test_progress_is_read_from_signs_of_life(tmp_path: Path) -> None:
+    from mempar.runtime.launch.heartbeat import Heartbeat, Phase
+
+    (one,) = planned(tmp_path, "dense")
+    assert one.steps_done == 0
+    signs = Heartbeat(one.root / "ranks")
+    signs.mark(Phase.DATA, 7)
+    assert one.steps_done == 6 and signs.path is not None
+
+
+def test_another_run_in_its_directory_is_refused(tmp_path: Path) -> None:
+    (one,) = planned(tmp_path, "dense")
+    run_all([one], 1, keep_models=False, say=print)
+    (one.root / "result.json").unlink()
+    import dataclasses
+
+    other = dataclasses.replace(one, run=dataclasses.replace(one.run, optim=dataclasses.replace(one.run.optim, lr=0.5)))
+    with pytest.raises(ConfigError, match=r"optim.lr is 0.0001 there and 0.5 here"):
+        run_all([other], 1, keep_models=False, say=print)
+    assert json.loads((one.root / "entrant.json").read_text())["variant"] == "dense"
