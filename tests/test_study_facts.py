@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from mempar.errors import ConfigError
+from mempar.runtime.config import RunConfig
 from mempar.runtime.data.check import check_files
 from mempar.runtime.data.encoders import Encoder, load_encoder
 from mempar.runtime.data.manifest import read_manifest
 from mempar.runtime.data.tokenizer import TokenizerSpec, parse_spec
-from mempar.runtime.run_dir import RunDir
-from mempar.runtime.config import RunConfig
 from mempar.tools.study import corpus
 from mempar.tools.study.facts import BLOCK, CATEGORY, CODE_POINT, DECOMPOSITION, KINDS, NAME, VALUE, draw_facts, sources
 from mempar.tools.study.packing import pack

@@ -100,9 +100,7 @@ def test_run_that_was_stopped_goes_on_bit_for_bit(pool: RankPool, paths: StudyDi
     assert before == after
 
 
-def test_study_end_to_end(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_study_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(plan.STUDIES, "quick", STUDY)
     said: list[str] = []
     request = Request(size="quick", variants=("dense", "memory_plus"), jobs=2, out=tmp_path / "study")
@@ -112,7 +110,9 @@ def test_study_end_to_end(
     assert load_results(paths.results) == results
     page = read_page(paths.page.read_text())
     assert "accuracy-by-slots" in page.drawn and paths.picture.exists()
-    assert paths.summary.read_text().startswith("After 6 steps") and any(line.startswith("After 6 steps") for line in said)
+    assert paths.summary.read_text().startswith("After 6 steps") and any(
+        line.startswith("After 6 steps") for line in said
+    )
     # Another time nothing is run, and what was lost is drawn again.
     shutil.rmtree(paths.corpus)
     paths.page.unlink()

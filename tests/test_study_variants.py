@@ -42,13 +42,18 @@ def test_experts_and_peer_have_the_parameters_of_a_memory(size: str) -> None:
 
 def test_runs_of_a_study_differ_in_model_and_seed_alone() -> None:
     settings = STUDIES["full"].settings
-    found = [run_of(Entrant(variant=name, slots=4096 * (not name.startswith("dense"))), settings, seed, DATA, 1024)
-             for name in VARIANTS for seed in (1, 2)]
+    found = [
+        run_of(Entrant(variant=name, slots=4096 * (not name.startswith("dense"))), settings, seed, DATA, 1024)
+        for name in VARIANTS
+        for seed in (1, 2)
+    ]
     assert len({run.name for run in found}) == len(found)
     for run in found:
         assert run.optim == found[0].optim and run.data == DATA
         assert dataclasses.replace(run.train, seed=1) == found[0].train
-        assert dataclasses.replace(run.model, ffn_hidden_size=1) == dataclasses.replace(found[0].model, ffn_hidden_size=1)
+        assert dataclasses.replace(run.model, ffn_hidden_size=1) == dataclasses.replace(
+            found[0].model, ffn_hidden_size=1
+        )
 
 
 def test_flops_that_cannot_be_matched_are_one_message() -> None:
@@ -78,7 +83,10 @@ def test_study_is_changed_as_asked() -> None:
     ("arguments", "message"),
     [
         ({"size": "ful"}, "--size ful is not known; a study is of one of: quick, full, large"),
-        ({"size": "full", "variants": ["memoryplus"]}, "'memoryplus' is no model of the study; did you mean memory_plus"),
+        (
+            {"size": "full", "variants": ["memoryplus"]},
+            "'memoryplus' is no model of the study; did you mean memory_plus",
+        ),
         ({"size": "full", "variants": ["xyz"]}, "use one of dense, dense_2x"),
         ({"size": "full", "num_seeds": 0}, "--seeds 0 runs nothing"),
         ({"size": "full", "given": ["stepz=3"]}, "'stepz' is no setting of the study; did you mean steps"),

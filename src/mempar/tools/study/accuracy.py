@@ -65,9 +65,7 @@ def ask(forward: Forward, questions: Sequence[tuple[list[int], list[int]]]) -> R
     return Recall(right=right, nats=nats, tokens=np.array([len(answer) for _, answer in questions]))
 
 
-def _ask_batch(
-    forward: Forward, questions: Sequence[tuple[list[int], list[int]]]
-) -> tuple[np.ndarray, np.ndarray]:
+def _ask_batch(forward: Forward, questions: Sequence[tuple[list[int], list[int]]]) -> tuple[np.ndarray, np.ndarray]:
     longest = max(len(question) + len(answer) for question, answer in questions)
     tokens = torch.zeros(len(questions), longest, dtype=torch.int64)
     answered = torch.zeros(len(questions), longest, dtype=torch.bool)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mempar.errors import ConfigError
+from mempar.runtime.data.manifest import read_manifest
+from mempar.runtime.durable import replace_file
 from mempar.runtime.launch.lock import RunLock
 from mempar.runtime.preflight import check_layout
-from mempar.runtime.data.manifest import read_manifest
 from mempar.tools.study import corpus
 from mempar.tools.study.directory import StudyDir
 from mempar.tools.study.page import write_page
 from mempar.tools.study.plan import Study, study_of
 from mempar.tools.study.results import Result, gather_results, save_results
-from mempar.runtime.durable import replace_file
 from mempar.tools.study.schedule import Planned, check_ending, run_all
 from mempar.tools.study.summary import summarise
 from mempar.tools.study.variants import run_of

@@ -1,10 +1,10 @@
 """The directory of a study, which the same command goes on with.
 
-    study.json     settings, and what the facts depend on: another study is refused
-    corpus/        facts, tokenizer and training data (`corpus.py`)
-    runs/NAME/     of each run: config.yaml, log, curve.jsonl, and result.json when it is done
-    results.json   one object a run that is done
-    report.html, plots.png, summary.txt   what they show
+study.json     settings, and what the facts depend on: another study is refused
+corpus/        facts, tokenizer and training data (`corpus.py`)
+runs/NAME/     of each run: config.yaml, log, curve.jsonl, and result.json when it is done
+results.json   one object a run that is done
+report.html, plots.png, summary.txt   what they show
 """
 
 import json

@@ -23,10 +23,17 @@ def recall(
     quick: Annotated[bool, typer.Option("--quick", help="A first look, in about ten minutes on two cores.")] = False,
     size: Annotated[str, typer.Option(help="quick, full or large (for a GPU).  \\[default: full]")] = "",
     variants: Annotated[
-        str, typer.Option(metavar="A,B", help="Models: dense, dense_2x, moe, peer, memory, memory_plus.", show_default=False)
+        str,
+        typer.Option(
+            metavar="A,B", help="Models: dense, dense_2x, moe, peer, memory, memory_plus.", show_default=False
+        ),
     ] = "",
-    seeds: Annotated[int | None, typer.Option(help="Of each model.  \\[default: the size's]", show_default=False)] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs at a time.  \\[default: one a core]", show_default=False)] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Of each model.  \\[default: the size's]", show_default=False)
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time.  \\[default: one a core]", show_default=False)
+    ] = None,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the checkpoint of every run.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="The study's directory.  \\[default: runs/recall-SIZE]", show_default=False)

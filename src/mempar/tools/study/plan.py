@@ -15,12 +15,10 @@ from yaml import YAMLError
 from mempar.errors import ConfigError
 from mempar.tools.study.settings import Settings
 from mempar.tools.study.variants import (
-    DENSE,
     MEMORY,
     MEMORY_PLUS,
     MOE,
     PEER,
-    TWICE,
     VARIANTS,
     WITHOUT_SLOTS,
     Entrant,
@@ -61,11 +59,15 @@ class Study:
 STUDIES = {
     "quick": Study(settings=Settings(facts=4000, steps=600), slots=(1024, 16384), matched_slots=16384, num_seeds=1),
     "full": Study(settings=Settings(facts=12000, steps=2000), slots=(1024, 4096, 16384, 65536), matched_slots=16384),
-    "large": Study(settings=Settings(facts=60000, steps=20000), slots=(4096, 16384, 65536, 262144), matched_slots=65536),
+    "large": Study(
+        settings=Settings(facts=60000, steps=20000), slots=(4096, 16384, 65536, 262144), matched_slots=65536
+    ),
 }
 
 
-def study_of(size: str, *, variants: Sequence[str] = (), num_seeds: int | None = None, given: Sequence[str] = ()) -> Study:
+def study_of(
+    size: str, *, variants: Sequence[str] = (), num_seeds: int | None = None, given: Sequence[str] = ()
+) -> Study:
     """A study of some size, changed as the user wants it.
 
     Args:

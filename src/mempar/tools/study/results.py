@@ -125,7 +125,9 @@ def result_of(found: Any, path: Path) -> Result:
         ConfigError: when it lacks something, or a value is impossible.
     """
     try:
-        curve = [Point(**{field.name: point[field.name] for field in dataclasses.fields(Point)}) for point in found["curve"]]
+        curve = [
+            Point(**{field.name: point[field.name] for field in dataclasses.fields(Point)}) for point in found["curve"]
+        ]
         names = [field.name for field in dataclasses.fields(Result) if field.name in found and field.name != "curve"]
         result = Result(curve=curve, **{name: found[name] for name in names})
         _check(result)

@@ -5,7 +5,6 @@ checkpoint when the study does. A run that fails keeps nobody else from running.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from mempar.runtime.config import RunConfig
 from mempar.runtime.launch.heartbeat import read_signs
 from mempar.runtime.launch.stopping import heed_signals
 from mempar.runtime.run_dir import RunDir, open_existing
-from mempar.tools.study.one_run import CURVE, ENTRANT, RESULT
+from mempar.tools.study.one_run import ENTRANT, RESULT
 from mempar.tools.study.variants import Entrant
 
 _WORKER = "mempar.tools.study.one_run"
@@ -202,7 +201,9 @@ class _Schedule:
 
 
 @contextmanager
-def _showing(planned: Sequence[Planned]) -> Iterator[Callable[[dict[str, tuple[Planned, subprocess.Popen[bytes]]]], None]]:
+def _showing(
+    planned: Sequence[Planned],
+) -> Iterator[Callable[[dict[str, tuple[Planned, subprocess.Popen[bytes]]]], None]]:
     """Show progress where there is a terminal: a bar of all steps, and one of each run in hand."""
     console = Console(stderr=True)
     columns = (
@@ -214,7 +215,11 @@ def _showing(planned: Sequence[Planned]) -> Iterator[Callable[[dict[str, tuple[P
         TimeRemainingColumn(),
     )
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=_SPEED_WINDOW_SECONDS
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=_SPEED_WINDOW_SECONDS,
     ) as bars:
         total = sum(one.run.train.steps for one in planned)
         whole = bars.add_task(f"{len(planned)} runs", total=total)

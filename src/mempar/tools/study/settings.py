@@ -73,4 +73,6 @@ class Settings:
 
     def to_json(self) -> dict:
         """The settings by name, as JSON has them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }

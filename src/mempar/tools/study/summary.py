@@ -17,7 +17,14 @@ _NAMES = {
     MEMORY: "Memory",
     MEMORY_PLUS: "Memory+",
 }
-_SHORT = {DENSE: "dense", TWICE: "dense, 2x compute", MOE: "MoE", PEER: "PEER", MEMORY: "Memory", MEMORY_PLUS: "Memory+"}
+_SHORT = {
+    DENSE: "dense",
+    TWICE: "dense, 2x compute",
+    MOE: "MoE",
+    PEER: "PEER",
+    MEMORY: "Memory",
+    MEMORY_PLUS: "Memory+",
+}
 
 
 def summarise(results: Sequence[Result]) -> str:

@@ -73,7 +73,12 @@ def accuracy_by_params(found: Results) -> Plot:
     def paint(axes: "Axes") -> None:
         for variant in _variants(found):
             models = found.of_variant(variant)
-            _series(axes, [found.runs(each)[0].params for each in models], [_accuracy(found, each) for each in models], variant)
+            _series(
+                axes,
+                [found.runs(each)[0].params for each in models],
+                [_accuracy(found, each) for each in models],
+                variant,
+            )
         axes.set_xscale("log")
         axes.set_xlabel("parameters, tables included")
         axes.set_ylabel("facts recalled")
@@ -228,13 +233,17 @@ def _series(axes: "Axes", places: list[int], means: list[Mean], variant: str) ->
         markersize=6,
         linewidth=1.8,
         capsize=3,
-        label=title(Entrant(variant=variant)).split(", ")[0] if variant in (MEMORY, MEMORY_PLUS) else title(Entrant(variant=variant)),
+        label=title(Entrant(variant=variant)).split(", ")[0]
+        if variant in (MEMORY, MEMORY_PLUS)
+        else title(Entrant(variant=variant)),
     )
 
 
 def _level(axes: "Axes", mean: Mean, variant: str) -> None:
     colour, _ = _STYLES[variant]
-    axes.axhline(mean.value, color=colour, linestyle=_LINES[variant], linewidth=1.6, label=title(Entrant(variant=variant)))
+    axes.axhline(
+        mean.value, color=colour, linestyle=_LINES[variant], linewidth=1.6, label=title(Entrant(variant=variant))
+    )
     axes.axhspan(mean.value - mean.deviation, mean.value + mean.deviation, color=colour, alpha=0.12, linewidth=0)
 
 
@@ -242,7 +251,9 @@ def _band(axes: "Axes", places: list[int] | list[float], means: list[Mean], entr
     colour, _ = _STYLES[entrant.variant]
     values = [mean.value for mean in means]
     low, high = ([mean.value + sign * mean.deviation for mean in means] for sign in (-1, 1))
-    axes.plot(places, values, color=colour, linestyle=_LINES.get(entrant.variant, "-"), linewidth=1.8, label=title(entrant))
+    axes.plot(
+        places, values, color=colour, linestyle=_LINES.get(entrant.variant, "-"), linewidth=1.8, label=title(entrant)
+    )
     axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
@@ -286,4 +297,6 @@ def _compute_title(found: Results) -> str:
         return "as it is spent"
     best = max(plus, key=lambda each: _accuracy(found, each).value)
     ahead = _accuracy(found, best).value - _accuracy(found, twice[0]).value
-    return f"{title(best)} {'above' if ahead > 0 else 'below'} dense of twice the compute by {100 * abs(ahead):.0f} points"
+    return (
+        f"{title(best)} {'above' if ahead > 0 else 'below'} dense of twice the compute by {100 * abs(ahead):.0f} points"
+    )
