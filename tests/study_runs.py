@@ -1,6 +1,6 @@
 """Micro studies: settings that train in a second, and results that nobody has run."""
 
-from mempar.tools.study.results import Point, Result
+from mempar.tools.study.results import Model, Point, Result
 from mempar.tools.study.settings import Settings
 
 MICRO = Settings(
@@ -40,9 +40,28 @@ def made_up_result(variant: str, slots: int, seed: int, accuracy: float, seconds
         coverage=0.9 if tables else None,
         coverage_ever=0.95 if tables else None,
         by_kind={"name": accuracy, "block": 0.9},
-        seconds=seconds * (2 if tables else 1),
+        device="cpu",
+        seconds=3 * seconds,
+        cpu_seconds=seconds * (2 if tables else 1),
+        model=Model(
+            ffn_hidden_size=172,
+            experts=8 if variant == "moe" else 0,
+            experts_of_a_token=2 if variant == "moe" else 0,
+            memory_layers=[1, 2] if tables else [],
+            tables=1 if tables else 0,
+            table_slots=slots if tables else 0,
+            lr=3e-3,
+            values_lr=6e-3 if tables else None,
+        ),
         curve=[
-            Point(step=step, accuracy=accuracy * step / 300, answer_loss=3.0 - step / 300, loss=4.0 - step / 300)
+            Point(
+                step=step,
+                accuracy=accuracy * step / 300,
+                answer_loss=3.0 - step / 300,
+                loss=4.0 - step / 300,
+                seconds=seconds * step / 300,
+                cpu_seconds=seconds * step / 300,
+            )
             for step in (100, 200, 300)
         ],
     )

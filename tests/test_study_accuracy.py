@@ -1,6 +1,7 @@
 """mempar.tools.study.accuracy: what one forward pass says of an answer is what greedy decoding says."""
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -27,9 +28,10 @@ def decoded(forward: Forward, question: list[int], length: int) -> tuple[list[in
 
 
 def questions_and_answers(seed: int) -> dict[str, Any]:
-    """On a rank: questions of many lengths, some with the answer that the model decodes, in one pass and in many."""
+    """On a rank: questions of many lengths, some with the answer that the model decodes."""
     session = Session(toy_run(kind="memory_plus"))
     session.step(0)
+    session.model.hook_slots(None)
     forward = Forward(session.model, session.run, session.world, VOCAB)
     chooser = np.random.default_rng(seed)
     questions, expected, nats = [], [], []
@@ -44,8 +46,9 @@ def questions_and_answers(seed: int) -> dict[str, Any]:
         questions.append((question, answer))
         expected.append(right)
         nats.append(loss if right else np.nan)
-    accuracy._TOKENS_AT_ONCE = 64
-    found = ask(forward, questions)
+    # Many passes, of alike lengths.
+    with patch.object(accuracy, "_TOKENS_AT_ONCE", 64):
+        found = ask(forward, questions)
     # Training goes on after an examination.
     session.step(1)
     tear_down(session.world)

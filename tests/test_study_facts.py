@@ -1,5 +1,6 @@
 """mempar.tools.study facts, wordings, tokenizer, packing and corpus: what is told, and what is only asked."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def test_facts_are_true_and_of_every_kind() -> None:
     }
     found = {key: known[key] for key in expected if key in known}
     assert found == {key: expected[key] for key in found} and len(found) > 2
-    assert not [fact for fact in facts if "IDEOGRAPH-" in fact.answer or "HANGUL SYLLABLE" in fact.answer]
+    named = [fact for fact in facts if fact.kind == NAME]
+    assert not [one for one in named if one.answer.endswith(f"-{one.subject.removeprefix('U+')}")]
+    assert not [one for one in named if one.answer.startswith("HANGUL SYLLABLE ")]
     assert all(fact.answer.isascii() for fact in facts)
 
 
@@ -63,6 +66,13 @@ def test_facts_are_the_same_for_the_same_seed_and_begin_alike() -> None:
 def test_more_facts_than_there_are_is_one_message() -> None:
     with pytest.raises(ConfigError, match=r"1,000,000 facts are more than the [\d,]+ that Unicode"):
         draw_facts(1_000_000, 1)
+
+
+def test_settings_that_no_corpus_can_have_are_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"seq_length=16 is too short for a sentence of \d+ tokens"):
+        corpus.build(tmp_path / "short", dataclasses.replace(MICRO, seq_length=16))
+    with pytest.raises(ConfigError, match="vocab_size=95 has no room"):
+        corpus.build(tmp_path / "few", dataclasses.replace(MICRO, vocab_size=95))
 
 
 def test_blocks_without_fonttools_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +161,8 @@ def test_tokenizer_is_the_same_again_and_knows_its_end(tmp_path: Path) -> None:
     assert encoder.eod not in encoder.encode([END])[0]
 
 
-def test_documents_hold_every_sentence_once_and_whole() -> None:
-    chooser = np.random.default_rng()
+def test_documents_hold_every_sentence_once_and_whole(fresh_seed: int) -> None:
+    chooser = np.random.default_rng(fresh_seed)
     lengths = chooser.integers(1, 32, 300)
     sentences = [np.full(length, number + 1) for number, length in enumerate(lengths)]
     documents = pack(sentences, chooser.permutation(300), 32, 0)
@@ -160,8 +170,8 @@ def test_documents_hold_every_sentence_once_and_whole() -> None:
     for number, length in enumerate(lengths):
         rows, columns = np.nonzero(documents == number + 1)
         assert len(set(rows)) == 1 and (np.diff(columns) == 1).all() and len(columns) == length
-    # Without looking ahead a sixth and more would be empty.
-    assert (documents == 0).mean() < 0.1
+    # Without looking ahead a quarter would be empty.
+    assert (documents == 0).mean() < 0.15
 
 
 def test_sentence_that_fits_nowhere_is_a_defect() -> None:

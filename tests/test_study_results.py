@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from command_line import mempar, refusal
 from mempar.errors import ConfigError
+from mempar.tools.study.command import report
 from mempar.tools.study.directory import StudyDir
-from mempar.tools.study.page.__main__ import main
 from mempar.tools.study.page.document import models_table, render_page, write_page
 from mempar.tools.study.page.plots import all_plots
 from mempar.tools.study.results import Results, gather_results, in_order, load_results, mean_of, result_of, save_results
@@ -29,7 +30,7 @@ def written(folder: Path, num_seeds: int = 3, settings: dict[str, Any] | None = 
     """A study's directory with made-up results."""
     paths = StudyDir(folder)
     paths.open("quick", MICRO)
-    paths.results.write_bytes(save_results(made_up_results(num_seeds)))
+    save_results(paths.results, made_up_results(num_seeds))
     if settings is not None:
         paths.description.write_text(json.dumps({"size": HOSTILE, "settings": settings, "sources": {HOSTILE: HOSTILE}}))
     return paths
@@ -61,6 +62,10 @@ def test_results_come_back_as_they_were_one_object_a_run(tmp_path: Path) -> None
         ({"by_kind": None}, "AttributeError|TypeError|no result"),
         ({"curve": [{"step": 1}]}, "accuracy"),
         ({"seconds": None}, "TypeError"),
+        ({"cpu_seconds": -1.0}, "not negative"),
+        ({"model": {"ffn_hidden_size": 1.5, "lr": 0.1}}, "whole numbers"),
+        ({"model": []}, "ffn_hidden_size"),
+        ({"device": 3}, "has a name"),
     ],
 )
 def test_results_that_cannot_be_are_one_message(change: dict[str, Any], message: str) -> None:
@@ -75,7 +80,7 @@ def test_files_that_are_no_results_are_one_message(tmp_path: Path) -> None:
         load_results(path)
     for content in ("{", "[]", '{"a": 1}', "[1]", "[" * 100_000):
         path.write_text(content)
-        with pytest.raises(ConfigError, match="results.json"):
+        with pytest.raises(ConfigError, match=r"results\.json"):
             load_results(path)
 
 
@@ -103,14 +108,16 @@ def test_paragraph_says_who_wins_by_how_much_and_where_memory_does_not_help() ->
         "Memory+ with 16,384 slots recalls 62.0% (±1.0) of the facts",
         "the dense model of as many FLOPs a token 42.0% (±1.0), 20.0 points more (95% interval +20.0 to +20.0)",
         "The dense model of twice the compute recalls 54.0%",
-        "With as many parameters experts recall 57.0% (±1.0) and Memory+ with 16,384 slots 62.0% (±1.0), 5.0 points more",
+        "With as many parameters experts recall 57.0% (±1.0) and Memory+ with 16,384 slots 62.0% (±1.0), 5.0 points",
         "PEER recalls 52.0%",
         "From 1,024 to 16,384 slots Memory+ goes from 46.0% (±1.0) to 62.0% (±1.0)",
         "Not clearly above the dense model: Memory with 1,024 slots",
         "not clearly better than that at these kinds of facts: block",
-        "took 2.0 times as long",
+        "took 2.0 times the processor time of the dense model here",
     ):
         assert said in text, said
+    on_gpu = [dataclasses.replace(result, device="cuda") for result in made_up_results()]
+    assert "took 1.0 times as long as the dense model here" in summarise(on_gpu)
 
 
 def test_paragraph_does_not_claim_what_chance_may_have_done() -> None:
@@ -126,13 +133,17 @@ def test_paragraph_does_not_claim_what_chance_may_have_done() -> None:
         + [made_up_result("memory_plus", 4096, seed, 0.3 + 0.001 * seed) for seed in (1, 2)]
     )
     assert "20.0 points fewer" in worse
+    even = [made_up_result("dense", 0, 1, 0.4), made_up_result("memory_plus", 4096, 1, 0.4)]
+    assert "40.0%, as many." in summarise(even)
+    some = [result for result in made_up_results() if result.variant == "dense" or result.seed == 1]
+    assert "(means of 1 to 3 seeds, ± their standard deviation)" in summarise(some)
     assert "One seed does not tell" in summarise(made_up_results(1)) and "95%" not in summarise(made_up_results(1))
     assert summarise([made_up_result("moe", 4096, 1, 0.5)]).count("MoE 50.0%") == 1
 
 
 def test_page_stands_alone_and_shows_all(tmp_path: Path) -> None:
     paths = written(tmp_path)
-    assert write_page(tmp_path) == paths.page
+    assert write_page(paths, load_results(paths.results)) == paths.page
     text = paths.page.read_text()
     page = read_page(text)
     assert list(page.titles) == [
@@ -148,12 +159,17 @@ def test_page_stands_alone_and_shows_all(tmp_path: Path) -> None:
     assert summarise(made_up_results())[:60] in "".join(page.texts["p"])
     assert paths.picture.read_bytes().startswith(b"\x89PNG") and len(paths.picture.read_bytes()) > 20_000
     assert "Memory+, 16,384 slots" in page.texts["td"] and "0.620 ± 0.010" in page.texts["td"]
+    # What issue and readers want to know of each model, and of all of them.
+    for said in ("8, 2 a token", "1 of 16,384 slots", "0.003", "0.006", "1,328,576", "1,048,576", "2.000", "172"):
+        assert said in page.texts["td"], said
+    assert "1, 2, 3" in page.texts["td"] and "batch_size" in page.texts["th"]
+    assert "quick study: 24 runs of 8 models" in page.texts["p"]
 
 
 @pytest.mark.parametrize("variants", [["dense"], ["memory"], ["moe", "peer"], ["memory_plus", "dense"]])
 def test_page_of_a_part_of_the_models_says_what_there_is_not(variants: list[str]) -> None:
     results = [result for result in made_up_results(1) if result.variant in variants]
-    page = read_page(render_page(results, {}))
+    page = read_page(render_page(results, None))
     assert len(page.titles) == len(all_plots(Results(results)))
     if variants == ["dense"]:
         assert "no size to compare" in page.titles["accuracy-by-slots"]
@@ -165,23 +181,30 @@ def test_nothing_of_a_file_becomes_markup(tmp_path: Path) -> None:
     written(tmp_path, 1, {HOSTILE: HOSTILE})
     results = load_results(tmp_path / "results.json")
     hostile = [dataclasses.replace(result, by_kind={HOSTILE: 0.5}) for result in results]
-    (tmp_path / "results.json").write_bytes(save_results(hostile))
-    write_page(tmp_path)
+    save_results(tmp_path / "results.json", hostile)
+    report(tmp_path, print)
     page = read_page((tmp_path / "report.html").read_text())
     assert HOSTILE in page.texts["th"] and HOSTILE in page.texts["td"]
     assert not [tag for tag, _ in page.elements if tag == "script"]
 
 
-def test_page_is_drawn_anew_from_its_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = written(tmp_path)
-    assert main([str(tmp_path)]) == 0 and paths.page.exists()
-    assert main([]) == 2 and main([str(tmp_path / "none")]) == 2
-    assert "does not exist" in capsys.readouterr().err
+def test_report_is_drawn_again_from_results_alone(tmp_path: Path) -> None:
+    save_results(tmp_path / "results.json", made_up_results(1))
+    said = mempar("study", "recall", "--report", str(tmp_path))
+    assert said.status == 0 and f"drawn in {tmp_path / 'report.html'}" in said.out, said
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.html", "plots.png", "summary.txt"}
+    page = read_page((tmp_path / "report.html").read_text())
+    assert "Settings" not in page.texts["h2"] and {"Results", "Models"} <= set(page.texts["h2"])
+    assert "does not exist" in refusal("study", "recall", "--report", str(tmp_path / "none"))
+    assert "give it alone" in refusal("study", "recall", "steps=3", "--report", str(tmp_path))
+    (tmp_path / "study.json").write_text("{")
+    assert "study.json cannot be read" in refusal("study", "recall", "--report", str(tmp_path))
 
 
 def test_directory_of_another_study_is_refused(tmp_path: Path) -> None:
     paths = StudyDir(tmp_path / "a")
     paths.open("quick", MICRO)
+    (paths.runs / "dense-seed1").mkdir()
     paths.open("quick", MICRO)
     with pytest.raises(ConfigError, match="holds another study: steps is 6 there and 7 here"):
         paths.open("quick", dataclasses.replace(MICRO, steps=7))
@@ -202,6 +225,20 @@ def test_directory_of_another_study_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c").touch()
     with pytest.raises(ConfigError, match="cannot be used"):
         StudyDir(tmp_path / "c").open("quick", MICRO)
+
+
+def test_directory_in_which_nothing_was_run_takes_other_settings(tmp_path: Path) -> None:
+    paths = StudyDir(tmp_path)
+    paths.open("quick", MICRO)
+    (paths.corpus / "tokenizer").mkdir(parents=True)
+    paths.open("quick", MICRO)
+    assert paths.corpus.exists()
+    paths.open("quick", dataclasses.replace(MICRO, steps=7))
+    assert not paths.corpus.exists() and json.loads(paths.description.read_text())["settings"]["steps"] == 7
+    # Results without their runs are kept.
+    save_results(paths.results, made_up_results(1))
+    with pytest.raises(ConfigError, match="without its runs"):
+        paths.open("quick", dataclasses.replace(MICRO, steps=7))
 
 
 def test_models_have_names() -> None:

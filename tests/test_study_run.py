@@ -1,4 +1,4 @@
-"""mempar.tools.study.one_run and command: runs that train, are asked, are interrupted; and a whole study, end to end."""
+"""mempar.tools.study.one_run, clock and command: runs that train, are asked, are interrupted; a study, end to end."""
 
 import dataclasses
 import json
@@ -10,12 +10,13 @@ import pytest
 
 from mempar.runtime.launch.heartbeat import Heartbeat
 from mempar.runtime.launch.stopping import Stopping
+from mempar.runtime.metrics import read_rows
 from mempar.runtime.run_dir import RunDir, open_new
 from mempar.tools.study import command, corpus, plan
 from mempar.tools.study.command import Request, plan_runs, recall
 from mempar.tools.study.directory import StudyDir
 from mempar.tools.study.examination import Examination
-from mempar.tools.study.one_run import CURVE, ENTRANT, RESULT, train_and_examine
+from mempar.tools.study.one_run import CURVE, ENTRANT, RESULT, TIMES, train_and_examine
 from mempar.tools.study.plan import Study
 from mempar.tools.study.results import load_results, result_of
 from mempar.tools.study.schedule import Planned
@@ -32,7 +33,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> StudyDir:
     """A micro study whose data are there."""
     found = StudyDir(tmp_path_factory.mktemp("study"))
     found.open("quick", MICRO)
-    corpus.build(found.corpus, MICRO)
+    assert corpus.build(found.corpus, MICRO) == MICRO.vocab_size
     return found
 
 
@@ -54,50 +55,60 @@ def run_to(root: str, stop_after: int = 0) -> str:
     return stopping.agreed
 
 
-def begin(one: Planned, root: Path) -> Path:
+def begin(one: Planned, root: Path, interval: int = 2) -> Path:
     """The directory of a run that has not begun."""
     open_new(root, one.run)
     entrant = {"variant": one.entrant.variant, "slots": one.entrant.slots, "corpus": str(one.corpus)}
-    (root / ENTRANT).write_text(json.dumps({**entrant, "asked": one.asked, "evaluation_interval": 2}))
+    (root / ENTRANT).write_text(json.dumps({**entrant, "asked": one.asked, "evaluation_interval": interval}))
     return root
 
 
 def rows(root: Path) -> list[dict[str, Any]]:
     """Rows of the curve without the time that they took."""
     found = [json.loads(line) for line in (root / CURVE).read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
+    return [{name: value for name, value in row.items() if not name.endswith("seconds")} for row in found]
 
 
 @pytest.mark.parametrize("variant", plan.VARIANTS)
 def test_every_model_trains_and_is_asked(variant: str, pool: RankPool, paths: StudyDir, tmp_path: Path) -> None:
-    (one,) = plan_runs(dataclasses.replace(STUDY, variants=(variant,)), paths)
+    (one,) = plan_runs(dataclasses.replace(STUDY, variants=(variant,)), paths, MICRO.vocab_size)
     root = begin(one, tmp_path / "run")
     assert pool.run(1, run_to, str(root)) == [""]
     result = result_of(json.loads((root / RESULT).read_text()), root / RESULT)
     assert (result.variant, result.slots) == (variant, one.entrant.slots) and result.steps == MICRO.steps
-    assert result.tokens == MICRO.tokens
+    assert result.tokens == MICRO.tokens and result.device == "cpu"
+    assert 0 < result.curve[0].cpu_seconds < result.curve[-1].cpu_seconds == result.cpu_seconds
+    model, run = result.model, one.run
+    assert (model.lr, model.values_lr is not None) == (MICRO.lr, bool(model.tables)) and model.ffn_hidden_size > 0
+    assert model.table_slots * model.tables * run.model.hidden_size == result.table_params
+    assert model.experts == run.moe.num_experts and model.memory_layers == list(run.memory.layers)
     assert [point.step for point in result.curve] == [2, 4, 6] and result.curve[-1].accuracy == result.accuracy
     assert result.curve[-1].loss < result.curve[0].loss
     assert (result.coverage is not None) == (variant in ("memory", "memory_plus", "peer")) == (result.table_params > 0)
 
 
 def test_run_that_was_stopped_goes_on_bit_for_bit(pool: RankPool, paths: StudyDir, tmp_path: Path) -> None:
-    (one,) = plan_runs(dataclasses.replace(STUDY, variants=("memory_plus",)), paths)
-    whole, parts = (begin(one, tmp_path / name) for name in ("whole", "parts"))
+    (one,) = plan_runs(dataclasses.replace(STUDY, variants=("memory_plus",)), paths, MICRO.vocab_size)
+    whole, parts = (begin(one, tmp_path / name, 3) for name in ("whole", "parts"))
     pool.run(1, run_to, str(whole))
     assert pool.run(1, run_to, str(parts), 3) == ["SIGTERM"]
-    assert not (parts / RESULT).exists() and [row["step"] for row in rows(parts)] == [2]
+    assert not (parts / RESULT).exists() and [row["step"] for row in rows(parts)] == [3]
+    # What the step after the row took is not forgotten.
+    first = read_rows(parts / TIMES)
+    assert [row["step"] for row in first] == [1, 2, 3, 4]
     # As if it had been killed after a row behind its checkpoint.
     with (parts / CURVE).open("a") as file:
-        file.write(json.dumps({"step": 4, "seconds": 1.0}) + '\n{"step": 6,')
+        file.write(json.dumps({"step": 5, "seconds": 1.0}) + '\n{"step": 6,')
     assert pool.run(1, run_to, str(parts)) == [""]
     assert rows(parts) == rows(whole)
+    times = read_rows(parts / TIMES)
+    assert times[:4] == first and [row["step"] for row in times] == [1, 2, 3, 4, 5, 6]
     # And once more, as if it had been killed before its result was written.
     before = json.loads((parts / RESULT).read_text())
     (parts / RESULT).unlink()
     pool.run(1, run_to, str(parts))
     after = json.loads((parts / RESULT).read_text())
-    assert before == after
+    assert before == after and after["cpu_seconds"] == pytest.approx(sum(row["cpu_seconds"] for row in times))
 
 
 def test_study_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """mempar.tools.study.schedule, command and options: runs side by side, done once, gone on with, or failed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ import pytest
 
 from mempar.errors import ConfigError, MemparError
 from mempar.runtime.config import RunConfig
-from mempar.tools.study import schedule
+from mempar.runtime.overrides import load_yaml
+from mempar.tools.study import corpus, schedule
 from mempar.tools.study.schedule import Ending, Planned, check_ending, run_all
 from mempar.tools.study.variants import Entrant
 
@@ -44,7 +46,7 @@ def planned(root: Path, *variants: str, seeds: int = 1) -> list[Planned]:
 
 def starts(runs: list[Planned]) -> list[int]:
     """How often each run was started."""
-    return [len((one.root / "started").read_text()) if one.root.exists() else 0 for one in runs]
+    return [len(path.read_text()) if (path := one.root / "started").exists() else 0 for one in runs]
 
 
 def stop_when(condition: Callable[[], bool]) -> threading.Thread:
@@ -94,8 +96,23 @@ def test_study_that_is_ended_lets_runs_save_and_goes_on(tmp_path: Path) -> None:
     watching.join()
     assert ending == Ending(stopped="SIGTERM", failed={})
     assert (runs[0].root / "ended").exists() and starts(runs) == [1, 0, 0, 0, 0, 0]
-    (runs[3].root).mkdir()
+    # It goes on, and so do the others.
     (runs[3].root / "ended").touch()
+    assert run_all(runs, 1, keep_models=False, say=print) == Ending(stopped="", failed={})
+    assert starts(runs) == [2, 1, 1, 1, 1, 1]
+
+
+def test_run_of_a_study_that_was_moved_goes_on(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    data = {root: corpus.data_of(root / "corpus") for root in (before, after)}
+    ((one,), (other,)) = (planned(root, "dense") for root in (before, after))
+    one = dataclasses.replace(one, run=dataclasses.replace(one.run, data=data[before]))
+    one.prepare()
+    before.rename(after)
+    other = dataclasses.replace(other, run=dataclasses.replace(other.run, data=data[after]))
+    other.prepare()
+    assert load_yaml(other.root / "config.yaml").data == data[after]
+    assert json.loads((other.root / "entrant.json").read_text())["corpus"] == str(after / "corpus")
 
 
 def test_progress_is_read_from_signs_of_life(tmp_path: Path) -> None:
@@ -112,8 +129,6 @@ def test_another_run_in_its_directory_is_refused(tmp_path: Path) -> None:
     (one,) = planned(tmp_path, "dense")
     run_all([one], 1, keep_models=False, say=print)
     (one.root / "result.json").unlink()
-    import dataclasses
-
     other = dataclasses.replace(one, run=dataclasses.replace(one.run, optim=dataclasses.replace(one.run.optim, lr=0.5)))
     with pytest.raises(ConfigError, match=r"optim.lr is 0.0001 there and 0.5 here"):
         run_all([other], 1, keep_models=False, say=print)

@@ -21,6 +21,7 @@ from mempar.tools.options import Out, Overrides, Recipe, Resume, StartFrom
 from mempar.tools.plan.options import plan
 from mempar.tools.prepare.options import prepare
 from mempar.tools.profile.options import profile
+from mempar.tools.study.options import study
 
 app = typer.Typer(
     name="mempar",
@@ -103,6 +104,7 @@ for _command in (train, launch, prepare, recipes, plan, profile, doctor, verify,
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(inspect)
+app.add_typer(study)
 
 
 def main() -> None:

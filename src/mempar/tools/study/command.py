@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mempar.errors import ConfigError
-from mempar.runtime.data.manifest import read_manifest
 from mempar.runtime.durable import replace_file
 from mempar.runtime.launch.lock import RunLock
 from mempar.runtime.preflight import check_layout
@@ -15,7 +14,7 @@ from mempar.tools.study import corpus
 from mempar.tools.study.directory import StudyDir
 from mempar.tools.study.page import write_page
 from mempar.tools.study.plan import Study, study_of
-from mempar.tools.study.results import Result, gather_results, save_results
+from mempar.tools.study.results import Result, gather_results, load_results, save_results
 from mempar.tools.study.schedule import Planned, check_ending, run_all
 from mempar.tools.study.summary import summarise
 from mempar.tools.study.variants import run_of
@@ -62,33 +61,65 @@ def recall(request: Request, say: Callable[[str], None]) -> list[Result]:
     jobs = _jobs(request.jobs)
     _need_packages()
     paths = StudyDir((request.out or Path("runs") / f"recall-{request.size}").resolve())
+    # Before anything is written; the tokenizer may come out smaller.
+    plan_runs(study, paths, study.settings.vocab_size)
+    paths.check(study.settings)
+    gather_results(paths.runs)
     with RunLock(paths.root, say):
         paths.open(request.size, study.settings)
-        say(f"{study.settings.facts:,} facts, {len(study.entrants)} models, {study.num_seeds} seeds each: {paths.root}")
-        corpus.build(paths.corpus, study.settings)
-        planned = plan_runs(study, paths)
+        say(f"{study.settings.facts:,} facts, {_counted(study)}: {paths.root}")
+        planned = plan_runs(study, paths, corpus.build(paths.corpus, study.settings))
         ending = run_all(planned, jobs, keep_models=request.keep_models, say=say)
         results = gather_results(paths.runs)
         if results:
-            replace_file(paths.results, save_results(results))
-            text = summarise(results)
-            replace_file(paths.summary, f"{text}\n".encode())
-            say(text)
-            say(f"drawn in {write_page(paths.root)}")
+            save_results(paths.results, results)
+            _draw(paths, results, say)
     if ending.stopped:
-        say(f"ended by {ending.stopped} with {len(results)} of {len(planned)} runs done; the same command goes on")
+        done = sum(one.is_done for one in planned)
+        say(f"ended by {ending.stopped} with {done} of {len(planned)} runs done; the same command goes on")
     check_ending(ending)
     return results
 
 
-def plan_runs(study: Study, paths: StudyDir) -> list[Planned]:
-    """The runs of a study whose corpus is there.
+def report(directory: Path, say: Callable[[str], None]) -> None:
+    """Draw the page of a study again, from results.json and, where it is there, study.json.
+
+    Args:
+        directory: that holds them.
+        say: prints a line.
+
+    Raises:
+        ConfigError: when results are not there or are none, matplotlib is missing, or nothing can be written.
+    """
+    paths = StudyDir(directory)
+    _draw(paths, load_results(paths.results), say)
+
+
+def _draw(paths: StudyDir, results: list[Result], say: Callable[[str], None]) -> None:
+    text = summarise(results)
+    try:
+        page = write_page(paths, results)
+        replace_file(paths.summary, f"{text}\n".encode())
+    except OSError as error:
+        raise ConfigError(
+            f"{paths.root} cannot be written ({error.strerror}); page and plots lie beside the results; make room "
+            "there, or copy results.json and study.json to where there is some."
+        ) from None
+    say(text)
+    say(f"drawn in {page}")
+
+
+def plan_runs(study: Study, paths: StudyDir, vocab_size: int) -> list[Planned]:
+    """The runs of a study.
+
+    Args:
+        study: the study.
+        paths: of its directory.
+        vocab_size: tokens of its tokenizer.
 
     Raises:
         ConfigError: when a model's FLOPs cannot be matched, or its settings do not fit.
     """
-    manifest = read_manifest(paths.corpus / corpus.TRAIN)
-    assert manifest is not None
     settings, data = study.settings, corpus.data_of(paths.corpus)
     return [
         Planned(
@@ -100,14 +131,23 @@ def plan_runs(study: Study, paths: StudyDir) -> list[Planned]:
             evaluation_interval=settings.evaluation_interval,
         )
         for entrant, seed in study.runs
-        for run in [run_of(entrant, settings, seed, data, manifest.vocab_size)]
+        for run in [run_of(entrant, settings, seed, data, vocab_size)]
     ]
+
+
+def _counted(study: Study) -> str:
+    models, seeds = len(study.entrants), study.num_seeds
+    return f"{models} model{'s' * (models > 1)}, {seeds} seed{'s' * (seeds > 1)} each"
 
 
 def _jobs(given: int | None) -> int:
     if given is not None and given < 1:
         raise ConfigError(f"--jobs {given} runs nothing; at least one run has to be done at a time; raise it.")
-    return given or len(os.sched_getaffinity(0))
+    if given:
+        return given
+    import torch
+
+    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
 def _need_packages() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mempar.errors import ConfigError
 from mempar.runtime.config import DataConfig
 from mempar.runtime.data.encoders import Encoder, load_encoder
 from mempar.runtime.data.manifest import read_manifest
@@ -48,11 +49,14 @@ class Asked:
     wording: int
 
 
-def build(directory: Path, settings: Settings) -> None:
+def build(directory: Path, settings: Settings) -> int:
     """Write the data of a study, or what is missing of them.
 
+    Returns:
+        Tokens of its tokenizer.
+
     Raises:
-        ConfigError: when there are not so many facts, or a package is missing.
+        ConfigError: when there are not so many facts, a sentence is longer than a document, or a package is missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     facts = draw_facts(settings.facts, settings.fact_seed)
@@ -65,6 +69,7 @@ def build(directory: Path, settings: Settings) -> None:
     replace_file(directory / FACTS, "".join(map(_line, asked)).encode())
     if read_manifest(directory / TRAIN) is None:
         _write(directory / TRAIN, spec, encoder, settings, facts)
+    return encoder.vocab_size
 
 
 def data_of(directory: Path) -> DataConfig:
@@ -123,7 +128,13 @@ def _passes(encoder: Encoder, settings: Settings, facts: list[Fact]) -> Iterator
     """Documents `[n, seq_length]` of pass after pass, without end."""
     told_of = [[Asked(fact=fact, wording=one) for one in told(fact, settings.fact_seed)] for fact in facts]
     parts = iter(encode(encoder, list(itertools.chain.from_iterable(told_of))))
-    sentences = [[np.array(sum(next(parts), [])) for _ in each] for each in told_of]
+    sentences = [[np.array(list(itertools.chain(*next(parts)))) for _ in each] for each in told_of]
+    longest = max(len(each) for wordings in sentences for each in wordings)
+    if longest >= settings.seq_length:
+        raise ConfigError(
+            f"seq_length={settings.seq_length} is too short for a sentence of {longest} tokens; a document holds whole "
+            "sentences and an end; raise seq_length, or vocab_size, which makes sentences shorter."
+        )
     chooser = np.random.default_rng([settings.fact_seed, 0])
     first = chooser.permutation(len(facts))
     for number in itertools.count():

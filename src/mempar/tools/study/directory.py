@@ -2,12 +2,13 @@
 
 study.json     settings, and what the facts depend on: another study is refused
 corpus/        facts, tokenizer and training data (`corpus.py`)
-runs/NAME/     of each run: config.yaml, log, curve.jsonl, and result.json when it is done
+runs/NAME/     of each run: config.yaml, log, curve.jsonl, times.jsonl, and result.json when it is done
 results.json   one object a run that is done
 report.html, plots.png, summary.txt   what they show
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,42 @@ class StudyDir:
         self.picture = root / "plots.png"
         self.summary = root / "summary.txt"
 
+    @property
+    def begun(self) -> bool:
+        """Whether there are runs."""
+        return self.runs.is_dir() and any(self.runs.iterdir())
+
+    def check(self, settings: Settings) -> None:
+        """See that a study can be done here; nothing is written.
+
+        Args:
+            settings: that its runs share.
+
+        Raises:
+            ConfigError: when the directory holds something else, or cannot be read.
+        """
+        try:
+            names = {path.name for path in self.root.iterdir()} if self.root.exists() else set()
+            begun = self.begun
+        except OSError as error:
+            raise self._unusable(error) from None
+        if begun and self.description.exists():
+            self._check_same(_content("", settings))
+        elif self.results.exists():
+            raise ConfigError(
+                f"{self.root} holds the results of a study without its runs; a study goes on from its runs; draw it "
+                "again with --report, or choose another --out."
+            )
+        elif not self.description.exists() and names - {LOCK_NAME, RANKS_LOCK_NAME}:
+            raise ConfigError(
+                f"{self.root} exists and is not the directory of a study; a new one needs a directory of its own; "
+                "choose another --out."
+            )
+
     def open(self, size: str, settings: Settings) -> None:
         """Make the directory of a new study, or see that it holds this one.
+
+        What was made for other settings and has not been used by any run is made anew.
 
         Args:
             size: of the study, for readers.
@@ -41,39 +76,45 @@ class StudyDir:
         Raises:
             ConfigError: when it holds something else, or cannot be written.
         """
-        wanted = {"size": size, "settings": settings.to_json(), "sources": sources()}
+        self.check(settings)
+        wanted = _content(size, settings)
         try:
-            names = {path.name for path in self.root.iterdir()} if self.root.exists() else set()
-            if self.description.exists():
-                self._check_same(wanted)
-            elif names - {LOCK_NAME, RANKS_LOCK_NAME}:
-                raise ConfigError(
-                    f"{self.root} exists and is not the directory of a study; a new one needs a directory of its own; "
-                    "choose another --out."
-                )
+            if not self.begun and self.description.exists() and _differences(read_json(self.description), wanted):
+                shutil.rmtree(self.corpus, ignore_errors=True)
             self.runs.mkdir(parents=True, exist_ok=True)
             replace_file(self.description, (json.dumps(wanted, indent=1) + "\n").encode())
         except OSError as error:
-            raise ConfigError(
-                f"{self.root} cannot be used ({error.strerror}); a study needs a writable directory with room; choose "
-                "another --out."
-            ) from None
+            raise self._unusable(error) from None
 
     def _check_same(self, wanted: dict[str, Any]) -> None:
-        found = read_json(self.description)
-        differing = []
-        for part in ("settings", "sources"):
-            before, now = _mapping(found, part), wanted[part]
-            differing += [
-                f"{name} is {before.get(name, 'not there')} there and {now.get(name, 'not there')} here"
-                for name in dict.fromkeys((*now, *before))
-                if before.get(name) != now.get(name)
-            ]
+        differing = _differences(read_json(self.description), wanted)
         if differing:
             raise ConfigError(
                 f"{self.root} holds another study: {'; '.join(differing)}; runs of one study share their settings and "
                 "facts; give the same, or choose another --out."
             )
+
+    def _unusable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"{self.root} cannot be used ({error.strerror}); a study needs a writable directory with room; choose "
+            "another --out."
+        )
+
+
+def _content(size: str, settings: Settings) -> dict[str, Any]:
+    """What study.json holds."""
+    return {"size": size, "settings": settings.to_json(), "sources": sources()}
+
+
+def _differences(found: Any, wanted: dict[str, Any]) -> list[str]:
+    """A phrase for each setting and source in which two studies differ."""
+    return [
+        f"{name} is {before.get(name, 'not there')} there and {now.get(name, 'not there')} here"
+        for part in ("settings", "sources")
+        for before, now in [(_mapping(found, part), wanted[part])]
+        for name in dict.fromkeys((*now, *before))
+        if before.get(name) != now.get(name)
+    ]
 
 
 def read_json(path: Path) -> Any:

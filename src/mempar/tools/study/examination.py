@@ -3,12 +3,12 @@
 import json
 import random
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mempar.runtime.config import RunConfig
 from mempar.runtime.data.encoders import load_encoder
 from mempar.runtime.data.tokenizer import parse_spec, vocab_size
 from mempar.runtime.durable import replace_file
@@ -18,6 +18,7 @@ from mempar.runtime.optim import StepReport
 from mempar.runtime.size import model_size
 from mempar.runtime.train import Trainer
 from mempar.tools.study.accuracy import Recall, ask
+from mempar.tools.study.clock import Clock
 from mempar.tools.study.corpus import Asked, encode, load_asked
 from mempar.tools.study.facts import KINDS
 
@@ -25,15 +26,16 @@ from mempar.tools.study.facts import KINDS
 class Examination:
     """Asks the model of a trainer for facts."""
 
-    def __init__(self, trainer: Trainer, entrant: dict[str, Any], curve: Path) -> None:
+    def __init__(self, trainer: Trainer, entrant: dict[str, Any], curve: Path, clock: Clock) -> None:
         """Prepare the questions.
 
         Args:
             trainer: of the run.
             entrant: which model it is, where its questions are and how often they are asked.
             curve: the file that grows by a row at each evaluation; rows behind the trainer's step are cut off.
+            clock: of the run.
         """
-        self.trainer, self.entrant, self._curve = trainer, entrant, curve
+        self.trainer, self.entrant, self._curve, self._clock = trainer, entrant, curve, clock
         run = trainer.run
         self.asked = load_asked(Path(entrant["corpus"]))
         encoder = load_encoder(parse_spec(run.data.tokenizer))
@@ -49,19 +51,17 @@ class Examination:
         since = self.rows[-1]["step"] if self.rows else 0
         metrics = read_rows(trainer.directory.metrics)
         self._losses = [row["loss"] for row in metrics if row["step"] > since and row.get("loss") is not None]
-        self._seconds = self.rows[-1]["seconds"] if self.rows else 0.0
-        self._since = time.monotonic()
+        clock.go_on()
 
     def after_step(self, report: StepReport) -> None:
         """Note a training step's loss, and ask if it is time to."""
         self._losses.append(report.loss)
+        self._clock.note(self.trainer.progress.step)
         step, last = self.trainer.progress.step, self.trainer.run.train.steps
         if step == last or step % self.entrant["evaluation_interval"] == 0:
             self._examine(step, whole=step == last)
 
     def _examine(self, step: int, *, whole: bool) -> None:
-        now = time.monotonic()
-        self._seconds += now - self._since
         places = range(len(self.asked)) if whole else self.some
         recall = ask(self.forward, [self.questions[place] for place in places])
         row = {
@@ -69,7 +69,8 @@ class Examination:
             "accuracy": recall.accuracy,
             "answer_loss": recall.loss,
             "loss": statistics.fmean(self._losses),
-            "seconds": self._seconds,
+            "seconds": self._clock.seconds,
+            "cpu_seconds": self._clock.cpu_seconds,
             **self._coverage(),
         }
         if whole:
@@ -78,7 +79,7 @@ class Examination:
         with self._curve.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self._losses = []
-        self._since = time.monotonic()
+        self._clock.go_on()
 
     def _coverage(self) -> dict[str, float]:
         """Shares of the slots that were read since the last evaluation, and since the beginning."""
@@ -106,9 +107,24 @@ class Examination:
             "steps": last["step"],
             "tokens": self.trainer.progress.tokens,
             **{name: value for name, value in last.items() if name != "step"},
+            "device": self.trainer.world.device.type,
+            "model": _model(run),
             "curve": self.rows,
         }
         replace_file(path, (json.dumps(result) + "\n").encode())
+
+
+def _model(run: RunConfig) -> dict[str, Any]:
+    """How the run builds and trains its model, where models of a study differ; see `results.Model`."""
+    figures: dict[str, Any] = {"ffn_hidden_size": run.model.ffn_hidden_size, "lr": run.optim.lr}
+    if run.moe.num_experts:
+        figures |= {"experts": run.moe.num_experts, "experts_of_a_token": run.moe.top_k}
+        figures["ffn_hidden_size"] = run.expert_ffn_hidden_size
+    if run.memory.enabled:
+        figures["memory_layers"] = list(run.memory.layers)
+        figures |= {"tables": len(run.memory.table_names), "table_slots": run.memory.num_slots}
+        figures["values_lr"] = run.values_lr_of(run.memory)
+    return figures
 
 
 def _by_kind(asked: list[Asked], recall: Recall) -> dict[str, float]:

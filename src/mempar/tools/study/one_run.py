@@ -1,8 +1,9 @@
 """One run of a study: `python -m mempar.tools.study.one_run DIR`, a rank of training that is asked what it knows.
 
 The directory is that of a training run, with `entrant.json` beside `config.yaml`. It is trained by the engine's own
-loop; every so many steps the model is asked for facts, and what it knew goes into `curve.jsonl`. At the end
-`result.json` is written. A run that was ended or killed goes on from its newest checkpoint when it is started again.
+loop; every so many steps the model is asked for facts, and what it knew goes into `curve.jsonl`; `times.jsonl` says
+what each step took. At the end `result.json` is written. A run that was ended or killed goes on from its newest
+checkpoint when it is started again.
 """
 
 import json
@@ -13,7 +14,7 @@ from mempar.runtime.launch.stopping import Stopping
 from mempar.runtime.launch.worker import leave, main
 from mempar.runtime.run_dir import RunDir
 
-ENTRANT, CURVE, RESULT = "entrant.json", "curve.jsonl", "result.json"
+ENTRANT, CURVE, TIMES, RESULT = "entrant.json", "curve.jsonl", "times.jsonl", "result.json"
 
 
 def study_rank(
@@ -41,12 +42,14 @@ def train_and_examine(paths: RunDir, stopping: Stopping, heartbeat: Heartbeat) -
     from mempar.runtime import bringup
     from mempar.runtime.overrides import load_yaml
     from mempar.runtime.train import Trainer
+    from mempar.tools.study.clock import Clock
     from mempar.tools.study.examination import Examination
 
     run = load_yaml(paths.config)
     world = bringup.lay_out(run)
     trainer = Trainer(run, world, paths, paths.latest_checkpoint(), stopping, heartbeat)
-    examination = Examination(trainer, json.loads((paths.root / ENTRANT).read_text()), paths.root / CURVE)
+    clock = Clock(paths.root / TIMES, trainer.progress.step)
+    examination = Examination(trainer, json.loads((paths.root / ENTRANT).read_text()), paths.root / CURVE, clock)
     trainer.after_step = examination.after_step
     trainer.train()
     if not stopping.agreed:

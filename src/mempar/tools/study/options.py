@@ -38,23 +38,31 @@ def recall(
     out: Annotated[
         Path | None, typer.Option(help="The study's directory.  \\[default: runs/recall-SIZE]", show_default=False)
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Run nothing: draw the page again from DIR/results.json.", show_default=False),
+    ] = None,
 ) -> None:
     """Train models of equal compute on facts of the Unicode database, and ask them for these in other words.
 
     The same command goes on where it was interrupted; runs that are done are not done again.
     """
-    from mempar.tools.study.command import Request
-    from mempar.tools.study.command import recall as do
+    from mempar.tools.study import command
 
+    if report is not None:
+        if assignments or quick or size or variants or seeds is not None or jobs is not None or keep_models or out:
+            raise ConfigError(f"--report {report} with other options: it runs nothing; give it alone.")
+        command.report(report, typer.echo)
+        return
     if quick and size not in ("", "quick"):
         raise ConfigError(f"--quick with --size {size}: it stands for --size quick; drop one of them.")
-    request = Request(
+    request = command.Request(
         size="quick" if quick else size or "full",
         given=tuple(assignments or ()),
-        variants=tuple(name.strip() for name in variants.split(",") if name.strip()),
+        variants=tuple(name.strip() for name in variants.split(",")) if variants else (),
         num_seeds=seeds,
         jobs=jobs,
         keep_models=keep_models,
         out=out,
     )
-    do(request, typer.echo)
+    command.recall(request, typer.echo)

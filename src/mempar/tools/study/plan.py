@@ -115,12 +115,14 @@ def _with(settings: Settings, given: Sequence[str]) -> Settings:
         if name not in names:
             raise ConfigError(f"'{name}' is no setting of the study; {_hint(name, names)}")
         try:
-            schema.merge_with(OmegaConf.from_dotlist([assignment]))
+            value = OmegaConf.from_dotlist([assignment])
+            # ??? would leave what is there, and an interpolation may lead nowhere.
+            OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+            schema.merge_with(value)
         except (OmegaConfBaseException, YAMLError, TypeError, ValueError):
             kind = next(field.type for field in dataclasses.fields(Settings) if field.name == name)
-            raise ConfigError(
-                f"'{assignment}': {name} must be {getattr(kind, '__name__', kind)}; give a value of that type."
-            ) from None
+            named = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+            raise ConfigError(f"'{assignment}': {name} must be {named}; give a value of that type.") from None
     found: Any = OmegaConf.to_object(schema)
     return found
 

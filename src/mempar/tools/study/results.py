@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mempar.errors import ConfigError
+from mempar.runtime.durable import replace_file
 from mempar.tools.study.directory import read_json
 from mempar.tools.study.variants import VARIANTS, Entrant
 
@@ -27,12 +28,41 @@ class Point:
         accuracy: share of the facts asked that were recalled.
         answer_loss: nats a token of their answers.
         loss: of training, mean since the point before.
+        seconds: that training had taken, without evaluation.
+        cpu_seconds: processor time of the same.
     """
 
     step: int
     accuracy: float
     answer_loss: float
     loss: float
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """How a model was built and trained, where models of a study differ.
+
+    Attributes:
+        ffn_hidden_size: width of feed-forward networks, or of each expert.
+        experts: of a block; 0 without.
+        experts_of_a_token: that a token is sent to.
+        memory_layers: blocks with a memory.
+        tables: in all.
+        table_slots: of each.
+        lr: peak learning rate of dense parameters.
+        values_lr: of the tables; None without.
+    """
+
+    ffn_hidden_size: int
+    experts: int = 0
+    experts_of_a_token: int = 0
+    memory_layers: list[int] = dataclasses.field(default_factory=list)
+    tables: int = 0
+    table_slots: int = 0
+    lr: float
+    values_lr: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +84,10 @@ class Result:
         coverage: share of the slots read in the last interval; None without a table.
         coverage_ever: share of the slots that were ever read.
         by_kind: accuracy by kind of fact.
-        seconds: that training took, without evaluation.
+        device: `cpu` or `cuda`.
+        seconds: that training and saving took, without evaluation; other runs beside it make it longer.
+        cpu_seconds: processor time of the same.
+        model: how it was built and trained.
         curve: from evaluation to evaluation.
     """
 
@@ -72,7 +105,10 @@ class Result:
     coverage: float | None = None
     coverage_ever: float | None = None
     by_kind: dict[str, float]
+    device: str
     seconds: float
+    cpu_seconds: float
+    model: Model
     curve: list[Point]
 
     @property
@@ -103,10 +139,10 @@ def load_results(path: Path) -> list[Result]:
     return in_order([result_of(each, path) for each in found])
 
 
-def save_results(path: Path, results: Sequence[Result]) -> bytes:
-    """The content of results.json: one object a run, a line each."""
+def save_results(path: Path, results: Sequence[Result]) -> None:
+    """Write results.json: one object a run, a line each."""
     lines = ",\n".join(json.dumps(dataclasses.asdict(result), allow_nan=False) for result in results)
-    return f"[\n{lines}\n]\n".encode()
+    replace_file(path, f"[\n{lines}\n]\n".encode())
 
 
 def in_order(results: Sequence[Result]) -> list[Result]:
@@ -125,33 +161,43 @@ def result_of(found: Any, path: Path) -> Result:
         ConfigError: when it lacks something, or a value is impossible.
     """
     try:
-        curve = [
-            Point(**{field.name: point[field.name] for field in dataclasses.fields(Point)}) for point in found["curve"]
-        ]
-        names = [field.name for field in dataclasses.fields(Result) if field.name in found and field.name != "curve"]
-        result = Result(curve=curve, **{name: found[name] for name in names})
+        parts: dict[str, Any] = {"model": Model(**_known(Model, found["model"]))}
+        parts["curve"] = [Point(**_known(Point, point)) for point in found["curve"]]
+        result = Result(**_known(Result, found) | parts)
         _check(result)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{path} holds what is no result of a study ({type(error).__name__}: {error}); restore or delete it."
+            f"{path} holds what is no result of a study ({type(error).__name__}: {error}); a run writes it whole; "
+            "restore or delete it."
         ) from None
     return result
+
+
+def _known(kind: Any, found: Any) -> dict[str, Any]:
+    """What there is of the fields of a dataclass; runs note more."""
+    return {field.name: found[field.name] for field in dataclasses.fields(kind) if field.name in found}
 
 
 def _check(result: Result) -> None:
     if result.variant not in VARIANTS:
         raise ValueError(f"variant {result.variant!r} is not known")
-    counts = (result.slots, result.seed, result.params, result.table_params, result.flops_per_token, result.steps)
-    if any(type(count) is not int or count < 0 for count in (*counts, result.tokens)):
+    model = result.model
+    counts = [result.slots, result.seed, result.params, result.table_params, result.flops_per_token, result.steps]
+    counts += [result.tokens, *(point.step for point in result.curve)]
+    counts += [model.ffn_hidden_size, model.experts, model.experts_of_a_token, model.tables, model.table_slots]
+    if any(type(count) is not int or count < 0 for count in (*counts, *model.memory_layers)):
         raise ValueError("counts are whole numbers from 0")
     shares = [result.accuracy, *result.by_kind.values(), *(point.accuracy for point in result.curve)]
     shares += [share for share in (result.coverage, result.coverage_ever) if share is not None]
     if any(not 0 <= share <= 1 for share in shares):
         raise ValueError("shares are from 0 to 1")
-    others = [result.loss, result.answer_loss, result.seconds]
-    others += [number for point in result.curve for number in (point.loss, point.answer_loss)]
+    others = [result.loss, result.answer_loss, result.seconds, result.cpu_seconds, model.lr, model.values_lr or 0.0]
+    for point in result.curve:
+        others += [point.loss, point.answer_loss, point.seconds, point.cpu_seconds]
     if any(not math.isfinite(number) or number < 0 for number in others):
-        raise ValueError("losses and seconds are finite and not negative")
+        raise ValueError("losses, seconds and rates are finite and not negative")
+    if type(result.device) is not str:
+        raise ValueError("a device has a name")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,7 +258,7 @@ class Results:
 
     def runs(self, entrant: Entrant) -> list[Result]:
         """Results of a model, one a seed."""
-        return self._of[entrant] if entrant in self._of else []
+        return self._of.get(entrant, [])
 
     def mean(self, entrant: Entrant, figure: Callable[[Result], float]) -> Mean:
         """Join a figure of a model's runs, of which there are some."""

@@ -4,6 +4,7 @@ Each run is a process of one thread with a directory of its own. Whatever ends t
 checkpoint when the study does. A run that fails keeps nobody else from running.
 """
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -19,8 +20,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from mempar.errors import MemparError
 from mempar.runtime.config import RunConfig
+from mempar.runtime.durable import replace_file
 from mempar.runtime.launch.heartbeat import read_signs
 from mempar.runtime.launch.stopping import heed_signals
+from mempar.runtime.overrides import load_yaml, to_yaml
 from mempar.runtime.run_dir import RunDir, open_existing
 from mempar.tools.study.one_run import ENTRANT, RESULT
 from mempar.tools.study.variants import Entrant
@@ -71,7 +74,12 @@ class Planned:
         Raises:
             ConfigError: when it holds another one, or cannot be written.
         """
-        paths = open_existing(self.root, self.run)
+        paths = RunDir(self.root)
+        if paths.config.exists():
+            # The study's own corpus, wherever it lies now: the study has made sure that it is the same.
+            found = dataclasses.replace(load_yaml(paths.config), data=self.run.data)
+            replace_file(paths.config, to_yaml(found).encode())
+        open_existing(self.root, self.run)
         shutil.rmtree(paths.ranks, ignore_errors=True)
         entrant = {
             "variant": self.entrant.variant,
@@ -249,6 +257,6 @@ def check_ending(ending: Ending) -> None:
         name, said = next(iter(ending.failed.items()))
         others = f" and {len(ending.failed) - 1} more" if len(ending.failed) > 1 else ""
         raise MemparError(
-            f"{name}{others} failed ({said}); every run has to end well for a study to be whole; the same command tries "
-            "them again, and its log says more."
+            f"{name}{others} failed ({said}); every run has to end well for a study to be whole; its log says more, and "
+            "the same command tries again."
         )

@@ -3,6 +3,11 @@
 import dataclasses
 from dataclasses import dataclass
 
+from mempar.errors import ConfigError
+
+# What the study itself counts by; the engine looks at the rest.
+_COUNTS = ("facts", "seq_length", "steps", "batch_size", "evaluation_interval", "asked")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -36,6 +41,9 @@ class Settings:
         values_lr_multiplier: how many times the dense rate the values learn at.
         evaluation_interval: steps between evaluations.
         asked: facts that are asked for at an evaluation before the last, which asks for all.
+
+    Raises:
+        ConfigError: for a number that counts nothing.
     """
 
     facts: int
@@ -65,6 +73,19 @@ class Settings:
     values_lr_multiplier: float = 10.0
     evaluation_interval: int = 100
     asked: int = 2000
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} leaves nothing to do; it counts from 1; raise it.")
+        for name in ("fact_seed", "init_std"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is negative; it is at least 0; raise it.")
+        if not 0 <= self.final_lr_share <= 1:
+            raise ConfigError(
+                f"final_lr_share={self.final_lr_share} is no share; rates end between nothing and their peak; give a "
+                "number from 0 to 1."
+            )
 
     @property
     def tokens(self) -> int:

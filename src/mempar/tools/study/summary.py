@@ -34,11 +34,11 @@ def summarise(results: Sequence[Result]) -> str:
         results: of a study, at least one.
     """
     found = Results(results)
-    seeds = max(len(found.runs(entrant)) for entrant in found.entrants)
+    seeds = sorted({len(found.runs(entrant)) for entrant in found.entrants})
     last = found.all[0]
     said = [
-        f"After {last.steps:,} steps ({last.tokens / 1e6:.1f}M tokens), asked in a wording that a fact was never told in"
-        f"{_of_seeds(seeds)}:"
+        f"After {last.steps:,} steps ({_tokens(last.tokens)} tokens), asked in a wording that a fact was never told "
+        f"in{_of_seeds(seeds)}:"
     ]
     dense = Entrant(variant=DENSE)
     plus = found.of_variant(MEMORY_PLUS)
@@ -49,7 +49,7 @@ def summarise(results: Sequence[Result]) -> str:
     said += _limits(found, dense)
     if len(said) == 1:
         said.append("; ".join(f"{title(entrant)} {_share(found, entrant)}" for entrant in found.entrants) + ".")
-    if seeds == 1:
+    if seeds[-1] == 1:
         said.append("One seed does not tell a difference from chance.")
     return " ".join(said)
 
@@ -115,10 +115,18 @@ def _limits(found: Results, dense: Entrant) -> list[str]:
     if plus := found.of_variant(MEMORY_PLUS):
         best = max(plus, key=lambda each: found.mean(each, _accuracy).value)
         said += _kinds_without(found, dense, best)
-        seconds = [found.mean(each, lambda result: result.seconds).value for each in (best, dense)]
-        if seconds[1]:
-            said.append(f"{_name(best)} took {seconds[0] / seconds[1]:.1f} times as long as {_NAMES[DENSE]} here.")
+        said += _time_taken(found, dense, best)
     return said
+
+
+def _time_taken(found: Results, dense: Entrant, best: Entrant) -> list[str]:
+    """How much longer a model took; on a CPU by processor time, which runs side by side do not make longer."""
+    on_cpu = all(run.device == "cpu" for each in (best, dense) for run in found.runs(each))
+    seconds = [found.mean(each, lambda run: run.cpu_seconds if on_cpu else run.seconds).value for each in (best, dense)]
+    if not all(seconds):
+        return []
+    what = "the processor time of" if on_cpu else "as long as"
+    return [f"{_name(best)} took {seconds[0] / seconds[1]:.1f} times {what} {_NAMES[DENSE]} here."]
 
 
 def _kinds_without(found: Results, dense: Entrant, best: Entrant) -> list[str]:
@@ -149,6 +157,8 @@ def _phrase(by: Difference | None) -> str:
     if by is None:
         return "with no seed in common"
     points = f"{abs(100 * by.value):.1f} points {'more' if by.value >= 0 else 'fewer'}"
+    if points.startswith("0.0 "):
+        points = "as many"
     if by.count == 1:
         return points
     interval = f"95% interval {100 * (by.value - by.margin):+.1f} to {100 * (by.value + by.margin):+.1f}"
@@ -159,8 +169,16 @@ def _name(entrant: Entrant) -> str:
     return f"{_NAMES[entrant.variant]} with {entrant.slots:,} slots" if entrant.slots else _NAMES[entrant.variant]
 
 
-def _of_seeds(seeds: int) -> str:
-    return f" (means of {seeds} seeds, ± their standard deviation)" if seeds > 1 else ""
+def _of_seeds(seeds: Sequence[int]) -> str:
+    """How many there are of each model, fewest first, for the head of the paragraph."""
+    if seeds[-1] == 1:
+        return ""
+    counts = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+    return f" (means of {counts} seeds, ± their standard deviation)"
+
+
+def _tokens(number: int) -> str:
+    return f"{number / 1e6:.1f}M" if number >= 1e5 else f"{number:,}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ sentences. A word brings the blank before it along; so a sentence's tokens are t
 
 from pathlib import Path
 
+from mempar.errors import ConfigError
 from mempar.runtime.data.tokenizer import TokenizerSpec
 
 END = "<|endoftext|>"
@@ -27,8 +28,14 @@ def train_tokenizer(texts: list[str], vocab_size: int, directory: Path) -> Token
         Its name in the grammar of `data.tokenizer`.
 
     Raises:
-        ConfigError: when the package `tokenizers` is missing.
+        ConfigError: when the package `tokenizers` is missing, or there is no room for the letters.
     """
+    fewest = len(_PRINTABLE) + 1
+    if vocab_size < fewest:
+        raise ConfigError(
+            f"vocab_size={vocab_size} has no room for the {fewest - 1} letters and digits and the end of a document; "
+            f"every sentence must have tokens; raise it to {fewest} or more."
+        )
     spec = TokenizerSpec("hf", str(directory))
     library = spec.library("tokenizers")
     parts = library.pre_tokenizers

@@ -1,7 +1,5 @@
 """report.html and plots.png of a study: what its results show, in words, plots and tables.
 
-    python -m mempar.tools.study.page DIR        draws them anew from DIR/results.json and DIR/study.json
-
 `document.py` puts the page together, `plots.py` draws.
 """
 

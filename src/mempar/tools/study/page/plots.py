@@ -129,17 +129,16 @@ def coverage_by_slots(found: Results) -> Plot:
     def paint(axes: "Axes") -> None:
         for variant in (MEMORY_PLUS, MEMORY, PEER):
             models = [each for each in tables if each.variant == variant]
-            covered = [found.mean(each, lambda run: run.coverage or 0.0) for each in models]
-            _series(axes, [each.slots for each in models], covered, variant)
+            _series(axes, [each.slots for each in models], [_covered(found, each) for each in models], variant)
         _slots_axis(axes, tables)
         axes.set_ylabel("slots read")
         axes.set_ylim(0, 1.05)
         legend_above(axes, 3, narrow=True)
 
-    least = min(tables, key=lambda each: found.mean(each, lambda run: run.coverage or 0.0).value)
+    least = min(tables, key=lambda each: _covered(found, each).value)
     return Plot(
         name=name,
-        title=f"Coverage: {title(least)} read {found.mean(least, lambda run: run.coverage or 0.0).value:.0%} of their slots",
+        title=f"Coverage: {title(least)} read {_covered(found, least).value:.0%} of their slots",
         note="Shares of the slots that were read since the evaluation before the last one.",
         paint=paint,
         height=_HEIGHT,
@@ -267,6 +266,10 @@ def _slots_axis(axes: "Axes", tables: list[Entrant]) -> None:
 
 def _accuracy(found: Results, entrant: Entrant) -> Mean:
     return found.mean(entrant, _accuracy_of)
+
+
+def _covered(found: Results, entrant: Entrant) -> Mean:
+    return found.mean(entrant, lambda run: run.coverage or 0.0)
 
 
 def _accuracy_of(result: Result) -> float:
