@@ -160,7 +160,7 @@ def test_page_stands_alone_and_shows_all(tmp_path: Path) -> None:
     assert paths.picture.read_bytes().startswith(b"\x89PNG") and len(paths.picture.read_bytes()) > 20_000
     assert "Memory+, 16,384 slots" in page.texts["td"] and "0.620 ± 0.010" in page.texts["td"]
     # What issue and readers want to know of each model, and of all of them.
-    for said in ("8, 2 a token", "1 of 16,384 slots", "0.003", "0.006", "1,328,576", "1,048,576", "2.000", "172"):
+    for said in ("8, 2 a token", "1 x 16,384", "0.003", "0.006", "1,328,576", "1,048,576", "2.000", "172"):
         assert said in page.texts["td"], said
     assert "1, 2, 3" in page.texts["td"] and "batch_size" in page.texts["th"]
     assert "quick study: 24 runs of 8 models" in page.texts["p"]

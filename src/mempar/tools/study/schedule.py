@@ -257,6 +257,6 @@ def check_ending(ending: Ending) -> None:
         name, said = next(iter(ending.failed.items()))
         others = f" and {len(ending.failed) - 1} more" if len(ending.failed) > 1 else ""
         raise MemparError(
-            f"{name}{others} failed ({said}); every run has to end well for a study to be whole; its log says more, and "
-            "the same command tries again."
+            f"{name}{others} failed ({said}); every run has to end well for a study to be whole; its log says more, "
+            "and the same command tries again."
         )

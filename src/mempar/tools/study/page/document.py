@@ -1,5 +1,6 @@
 """The page of a study: a paragraph, plots, what came of each model and how it was built, and the settings."""
 
+import json
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -36,11 +37,13 @@ _MODELS = (
     "of dense",
     "FFN width",
     "experts",
-    "tables",
+    "tables x slots",
     "in blocks",
-    "learning rate",
+    "rate",
     "of values",
 )
+# Names of models stay in one line: tables scroll.
+_STYLE = ".data td:first-child { white-space: nowrap; }"
 _NONE = "–"  # noqa: RUF001
 
 
@@ -81,7 +84,9 @@ def render_page(results: list[Result], description: Any) -> str:
     settings = [*_pairs(given.get("sources")), *_pairs(given.get("settings"))]
     size = f"{given['size']} study" if given.get("size") else "study"
     sections = _section("Results", "Means over seeds, and standard deviations.", results_table(found))
-    sections += _section("Models", "What differs between them.", models_table(found))
+    sections += _section(
+        "Models", "What differs between them. Rates are those of learning at their peak.", models_table(found)
+    )
     if settings:
         sections += _section("Settings", "What all models share.", pairs_table(settings, "Settings"))
     return render_document(
@@ -90,6 +95,7 @@ def render_page(results: list[Result], description: Any) -> str:
         head=f"{_tiles(found)}<p>{escape(summarise(results))}</p>",
         plots=all_plots(found),
         sections=sections,
+        style=_STYLE,
     )
 
 
@@ -127,7 +133,7 @@ def models_table(found: Results) -> str:
                 f"{one.flops_per_token / dense[0].flops_per_token:.3f}" if dense else _NONE,
                 f"{model.ffn_hidden_size:,}",
                 f"{model.experts}, {model.experts_of_a_token} a token" if model.experts else _NONE,
-                f"{model.tables} of {model.table_slots:,} slots" if model.tables else _NONE,
+                f"{model.tables} x {model.table_slots:,}" if model.tables else _NONE,
                 ", ".join(map(str, model.memory_layers)) or _NONE,
                 f"{model.lr:g}",
                 _NONE if model.values_lr is None else f"{model.values_lr:g}",
@@ -171,4 +177,7 @@ def _counted(number: int, what: str) -> str:
 
 
 def _pairs(found: Any) -> list[tuple[str, str]]:
-    return [(str(name), str(value)) for name, value in found.items()] if isinstance(found, dict) else []
+    """Settings as the command line takes them."""
+    if not isinstance(found, dict):
+        return []
+    return [(str(name), value if isinstance(value, str) else json.dumps(value)) for name, value in found.items()]

@@ -11,7 +11,7 @@ from mempar.tools.page.plot import Plot
 from mempar.tools.page.svg import INK, MUTED
 from mempar.tools.study.results import Mean, Point, Result, Results, mean_of
 from mempar.tools.study.summary import title
-from mempar.tools.study.variants import DENSE, MEMORY, MEMORY_PLUS, MOE, PEER, TWICE, Entrant
+from mempar.tools.study.variants import DENSE, MEMORY, MEMORY_PLUS, MOE, PEER, TOLERANCE, TWICE, Entrant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,8 +60,9 @@ def accuracy_by_slots(found: Results) -> Plot:
     beside = f", dense {_accuracy(found, dense[0]).value:.0%}" if dense else ""
     return Plot(
         name=name,
-        title=f"Recall by size of the table: {title(best)} reach {_accuracy(found, best).value:.0%}{beside}",
-        note="All but dense 2x take equal FLOPs a token; PEER and MoE stand where a Memory+ has their parameters.",
+        title=f"Recall by size of the table: up to {_accuracy(found, best).value:.0%} ({title(best)}){beside}",
+        note=f"FLOPs a token are equal to {TOLERANCE:.0%}, but for dense 2x. PEER and MoE stand where a Memory+ has "
+        "their parameters.",
         paint=paint,
         height=_HEIGHT,
     )
@@ -79,8 +80,7 @@ def accuracy_by_params(found: Results) -> Plot:
                 [_accuracy(found, each) for each in models],
                 variant,
             )
-        axes.set_xscale("log")
-        axes.set_xlabel("parameters, tables included")
+        _params_axis(axes, [found.runs(each)[0].params for each in found.entrants])
         axes.set_ylabel("facts recalled")
         axes.set_ylim(bottom=0)
         legend_above(axes, 3, narrow=True)
@@ -88,7 +88,8 @@ def accuracy_by_params(found: Results) -> Plot:
     best = max(found.entrants, key=lambda each: _accuracy(found, each).value)
     return Plot(
         name="accuracy-by-params",
-        title=f"Recall by parameters: {title(best)} recalls most, with {found.runs(best)[0].params / 1e6:.2f}M",
+        title=f"Recall by parameters: up to {_accuracy(found, best).value:.0%} with "
+        f"{found.runs(best)[0].params / 1e6:.2f}M ({title(best)})",
         note="Parameters of tables, and of experts that a token is not sent to, cost no FLOPs.",
         paint=paint,
         height=_HEIGHT,
@@ -102,10 +103,10 @@ def accuracy_by_compute(found: Results) -> Plot:
     def paint(axes: "Axes") -> None:
         for entrant in chosen:
             one = found.runs(entrant)[0]
-            cost = one.flops_per_token * one.tokens / max(1, one.steps)
+            cost = one.flops_per_token * one.tokens / max(1, one.steps) / 1e12
             steps, means = _curve(found, entrant, _accuracy_of_point)
             _band(axes, [step * cost for step in steps], means, entrant)
-        axes.set_xlabel("training FLOPs")
+        axes.set_xlabel("training TFLOP")
         axes.set_ylabel("facts recalled")
         axes.set_ylim(bottom=0)
         legend_above(axes, 2, narrow=True)
@@ -138,7 +139,7 @@ def coverage_by_slots(found: Results) -> Plot:
     least = min(tables, key=lambda each: _covered(found, each).value)
     return Plot(
         name=name,
-        title=f"Coverage: {title(least)} read {_covered(found, least).value:.0%} of their slots",
+        title=f"Coverage: {_covered(found, least).value:.0%} or more of the slots are read ({title(least)})",
         note="Shares of the slots that were read since the evaluation before the last one.",
         paint=paint,
         height=_HEIGHT,
@@ -247,11 +248,18 @@ def _level(axes: "Axes", mean: Mean, variant: str) -> None:
 
 
 def _band(axes: "Axes", places: list[int] | list[float], means: list[Mean], entrant: Entrant) -> None:
-    colour, _ = _STYLES[entrant.variant]
+    colour, marker = _STYLES[entrant.variant]
     values = [mean.value for mean in means]
     low, high = ([mean.value + sign * mean.deviation for mean in means] for sign in (-1, 1))
     axes.plot(
-        places, values, color=colour, linestyle=_LINES.get(entrant.variant, "-"), linewidth=1.8, label=title(entrant)
+        places,
+        values,
+        color=colour,
+        linestyle=_LINES.get(entrant.variant, "-"),
+        linewidth=1.8,
+        marker=marker,
+        markersize=3.5,
+        label=title(entrant),
     )
     axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
 
@@ -262,6 +270,18 @@ def _slots_axis(axes: "Axes", tables: list[Entrant]) -> None:
     axes.set_xticks(slots, [f"{number:,}" for number in slots])
     axes.minorticks_off()
     axes.set_xlabel("slots of the table")
+
+
+def _params_axis(axes: "Axes", params: list[int]) -> None:
+    """A logarithmic axis, with the round numbers 1, 2 and 5 of each power of ten that lie in it."""
+    axes.set_xscale("log")
+    low, high = (float(end) for end in axes.get_xlim())
+    powers = range(len(str(min(params))) - 2, len(str(max(params))) + 1)
+    round_numbers = [digit * 10**power for power in powers for digit in (1, 2, 5)]
+    ticks = [tick for tick in round_numbers if low <= tick <= high] or [params[0]]
+    axes.set_xticks(ticks, [f"{tick / 1e6:g}M" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("parameters, tables included")
 
 
 def _accuracy(found: Results, entrant: Entrant) -> Mean:
@@ -286,12 +306,13 @@ def _loss_of_point(point: Point) -> float:
 
 def _accuracy_title(found: Results) -> str:
     best = max(found.entrants, key=lambda each: _accuracy(found, each).value)
-    return f"Recall by steps: {title(best)} ends at {_accuracy(found, best).value:.0%}"
+    return f"Recall by steps: up to {_accuracy(found, best).value:.0%} at the end ({title(best)})"
 
 
 def _loss_title(found: Results) -> str:
     least = min(found.entrants, key=lambda each: found.mean(each, lambda run: run.answer_loss).value)
-    return f"Loss on answers: {title(least)} ends lowest, at {found.mean(least, lambda run: run.answer_loss).value:.2f}"
+    loss = found.mean(least, lambda run: run.answer_loss).value
+    return f"Loss on answers: down to {loss:.2f} at the end ({title(least)})"
 
 
 def _compute_title(found: Results) -> str:
@@ -299,7 +320,6 @@ def _compute_title(found: Results) -> str:
     if not twice or not plus:
         return "as it is spent"
     best = max(plus, key=lambda each: _accuracy(found, each).value)
-    ahead = _accuracy(found, best).value - _accuracy(found, twice[0]).value
-    return (
-        f"{title(best)} {'above' if ahead > 0 else 'below'} dense of twice the compute by {100 * abs(ahead):.0f} points"
-    )
+    points = round(100 * (_accuracy(found, best).value - _accuracy(found, twice[0]).value))
+    how = f"{abs(points)} points {'above' if points > 0 else 'below'}" if points else "level with"
+    return f"{title(best)} end {how} dense of twice the compute"
