@@ -12,7 +12,6 @@ import pytest
 
 from command_line import mempar, refusal
 from mempar.errors import ConfigError
-from mempar.tools.study.command import report
 from mempar.tools.study.directory import StudyDir
 from mempar.tools.study.page.document import models_table, render_page, write_page
 from mempar.tools.study.page.plots import all_plots
@@ -26,13 +25,11 @@ PLUS = Entrant(variant="memory_plus", slots=16384)
 DENSE = Entrant(variant="dense")
 
 
-def written(folder: Path, num_seeds: int = 3, settings: dict[str, Any] | None = None) -> StudyDir:
+def written(folder: Path) -> StudyDir:
     """A study's directory with made-up results."""
     paths = StudyDir(folder)
     paths.open("quick", MICRO)
-    save_results(paths.results, made_up_results(num_seeds))
-    if settings is not None:
-        paths.description.write_text(json.dumps({"size": HOSTILE, "settings": settings, "sources": {HOSTILE: HOSTILE}}))
+    save_results(paths.results, made_up_results())
     return paths
 
 
@@ -177,19 +174,16 @@ def test_page_of_a_part_of_the_models_says_what_there_is_not(variants: list[str]
     assert "–" in models_table(Results(results))  # noqa: RUF001
 
 
-def test_nothing_of_a_file_becomes_markup(tmp_path: Path) -> None:
-    written(tmp_path, 1, {HOSTILE: HOSTILE})
-    results = load_results(tmp_path / "results.json")
-    hostile = [dataclasses.replace(result, by_kind={HOSTILE: 0.5}) for result in results]
-    save_results(tmp_path / "results.json", hostile)
-    report(tmp_path, print)
-    page = read_page((tmp_path / "report.html").read_text())
+def test_nothing_of_a_file_becomes_markup() -> None:
+    hostile = [dataclasses.replace(result, by_kind={HOSTILE: 0.5}) for result in made_up_results(1)]
+    description = {"size": HOSTILE, "settings": {HOSTILE: HOSTILE}, "sources": {HOSTILE: HOSTILE}}
+    page = read_page(render_page(hostile, description))
     assert HOSTILE in page.texts["th"] and HOSTILE in page.texts["td"]
     assert not [tag for tag, _ in page.elements if tag == "script"]
 
 
 def test_report_is_drawn_again_from_results_alone(tmp_path: Path) -> None:
-    save_results(tmp_path / "results.json", made_up_results(1))
+    save_results(tmp_path / "results.json", made_up_results(1)[-2:])
     said = mempar("study", "recall", "--report", str(tmp_path))
     assert said.status == 0 and f"drawn in {tmp_path / 'report.html'}" in said.out, said
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.html", "plots.png", "summary.txt"}

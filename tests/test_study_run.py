@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from command_line import refusal, said_as
+from mempar.errors import ConfigError
 from mempar.runtime.launch.heartbeat import Heartbeat
 from mempar.runtime.launch.stopping import Stopping
 from mempar.runtime.metrics import read_rows
@@ -124,11 +126,43 @@ def test_study_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     assert paths.summary.read_text().startswith("After 6 steps") and any(
         line.startswith("After 6 steps") for line in said
     )
+    # A result that was damaged is told of before anything is run.
+    damaged = paths.runs / "dense-seed1" / RESULT
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:50])
+    with pytest.raises(ConfigError, match=r"dense-seed1/result\.json cannot be read"):
+        recall(request, said.append)
+    damaged.write_bytes(whole)
     # Another time nothing is run, and what was lost is drawn again.
     shutil.rmtree(paths.corpus)
     paths.page.unlink()
     monkeypatch.setattr(command, "run_all", lambda planned, *rest, **more: _nothing_to_do(planned))
     assert recall(request, said.append) == results and paths.page.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stepz=3"], "did you mean steps"),
+        (["attention_heads=0"], "model.num_attention_heads=0 must be at least 1"),
+        (["ffn_hidden_size=1"], "FLOPs a token where"),
+        (["--variants", "dense,"], "'' is no model of the study"),
+        (["--seeds", "0"], "--seeds 0 runs nothing"),
+        (["--jobs", "0"], "--jobs 0 runs nothing"),
+        (["--quick", "--size", "full"], "drop one of them"),
+        (["--size", "huge"], "--size huge is not known"),
+    ],
+    ids=said_as,
+)
+def test_bad_input_gets_one_message_and_leaves_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:
+    assert message in refusal("study", "recall", *arguments, "--out", str(tmp_path / "study"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    assert "is not the directory of a study" in refusal("study", "recall", "--quick", "--out", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def _nothing_to_do(planned: list[Planned]) -> Any:

@@ -12,8 +12,10 @@ from made_up_inspection import made_up_inspection
 from mempar.recipes import find_recipe
 from mempar.tools.inspection.page.document import render_page as render_inspection
 from mempar.tools.profile.page.document import render_page
+from mempar.tools.study.page.document import render_page as render_study
 from page_reader import HOSTILE
 from profile_reports import made_up_profile
+from study_runs import MICRO, made_up_results
 
 pytestmark = pytest.mark.cluster
 
@@ -79,6 +81,19 @@ def test_page_of_an_inspection_is_painted(tmp_path: Path) -> None:
             boxes = browser.evaluate(BOXES)
             assert len(boxes) == 10
             assert_painted(browser.screenshot(tmp_path / f"inspection-{width}.png"), boxes, width)
+        assert browser.asked_for == [path.as_uri()] * 2 and browser.errors == []
+
+
+def test_page_of_a_study_is_painted(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(render_study(made_up_results(), {"size": HOSTILE, "settings": MICRO.to_json()}))
+    with Browser(tmp_path) as browser:
+        for width, dark in ((1200, False), (390, True)):
+            browser.open(path, width=width, dark=dark)
+            assert browser.evaluate("document.documentElement.scrollWidth") == width
+            boxes = browser.evaluate(BOXES)
+            assert len(boxes) == 7
+            assert_painted(browser.screenshot(tmp_path / f"report-{width}.png"), boxes, width)
         assert browser.asked_for == [path.as_uri()] * 2 and browser.errors == []
 
 
