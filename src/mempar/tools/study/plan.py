@@ -31,8 +31,9 @@ class Study:
 
     Attributes:
         settings: of every run.
-        slots: sizes of the tables of `memory` and `memory_plus`.
-        matched_slots: the size whose parameters MoE and PEER have.
+        slots: sizes of the tables of `memory_plus`.
+        matched_slots: the size at which all that have a size are compared: of the table of `memory`, and of the
+            Memory+ whose parameters MoE and PEER have.
         variants: that take part.
         num_seeds: of each model.
     """
@@ -46,8 +47,8 @@ class Study:
     @property
     def entrants(self) -> list[Entrant]:
         """The models, in the order in which they run."""
-        slots = {MOE: (self.matched_slots,), PEER: (self.matched_slots,), MEMORY: self.slots, MEMORY_PLUS: self.slots}
-        slots |= dict.fromkeys(WITHOUT_SLOTS, (0,))
+        slots = dict.fromkeys((MOE, PEER, MEMORY), (self.matched_slots,)) | dict.fromkeys(WITHOUT_SLOTS, (0,))
+        slots[MEMORY_PLUS] = self.slots
         return [Entrant(variant=name, slots=number) for name in self.variants for number in slots[name]]
 
     @property
@@ -57,10 +58,31 @@ class Study:
 
 
 STUDIES = {
-    "quick": Study(settings=Settings(facts=4000, steps=600), slots=(1024, 16384), matched_slots=16384, num_seeds=1),
-    "full": Study(settings=Settings(facts=12000, steps=2000), slots=(1024, 4096, 16384, 65536), matched_slots=16384),
+    "quick": Study(settings=Settings(facts=2000, steps=1200), slots=(1024, 16384), matched_slots=16384, num_seeds=1),
+    "full": Study(settings=Settings(facts=5000, steps=2500), slots=(1024, 4096, 16384, 65536), matched_slots=16384),
+    # Rates and widths are those of larger models as they are usually trained: nobody has tuned them for this.
     "large": Study(
-        settings=Settings(facts=60000, steps=20000), slots=(4096, 16384, 65536, 262144), matched_slots=65536
+        settings=Settings(
+            facts=60000,
+            steps=20000,
+            vocab_size=4096,
+            batch_size=256,
+            hidden_size=256,
+            num_layers=8,
+            attention_heads=4,
+            ffn_hidden_size=688,
+            init_std=0.02,
+            lr=3e-3,
+            warmup_steps=500,
+            memory_layers=(4,),
+            memory_plus_layers=(2, 4, 6),
+            memory_heads=4,
+            top_k=16,
+            key_dim=64,
+            evaluation_interval=1000,
+        ),
+        slots=(4096, 16384, 65536, 262144),
+        matched_slots=65536,
     ),
 }
 

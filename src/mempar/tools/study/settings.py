@@ -51,28 +51,28 @@ class Settings:
     vocab_size: int = 1024
     seq_length: int = 64
     steps: int
-    batch_size: int = 64
+    batch_size: int = 32
     micro_batch_size: int = 0
     dtype: str = "float32"
-    hidden_size: int = 64
+    hidden_size: int = 48
     num_layers: int = 3
-    attention_heads: int = 4
-    ffn_hidden_size: int = 172
+    attention_heads: int = 2
+    ffn_hidden_size: int = 128
     init_std: float = 0.05
-    lr: float = 3e-3
+    lr: float = 1e-2
     final_lr_share: float = 0.1
-    warmup_steps: int = 50
+    warmup_steps: int = 100
     schedule: str = "cosine"
     weight_decay: float = 0.1
     memory_layers: tuple[int, ...] = (1,)
-    memory_plus_layers: tuple[int, ...] = (1, 2)
-    memory_heads: int = 4
+    memory_plus_layers: tuple[int, ...] = (1,)
+    memory_heads: int = 2
     top_k: int = 8
     key_dim: int = 32
-    qk_norm: bool = False
-    values_lr_multiplier: float = 10.0
-    evaluation_interval: int = 100
-    asked: int = 2000
+    qk_norm: bool = True
+    values_lr_multiplier: float = 5.0
+    evaluation_interval: int = 250
+    asked: int = 1000
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
