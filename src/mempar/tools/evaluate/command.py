@@ -20,8 +20,8 @@ from mempar.runtime.data.encoders import Encoder
 from mempar.runtime.durable import replace_file
 from mempar.runtime.inference.checkpoint import find_checkpoint
 from mempar.runtime.inference.tokens import encoder_of, padded_vocab
+from mempar.tools.bars import counting_bars
 from mempar.tools.evaluate import report
-from mempar.tools.evaluate.bar import bar
 from mempar.tools.evaluate.heldout import Loss, Stream, measure, open_tokens
 from mempar.tools.evaluate.request import Request, Results
 from mempar.tools.evaluate.rows import Row
@@ -104,7 +104,8 @@ def _open_data(request: Request, results: Results, embeddings: int) -> list[Stre
 def _loss(stream: Stream, samples: int | None, sizes: BatchSizes, spread: Map) -> Loss:
     """Measure the loss on one data set, behind a bar."""
     count = len(stream.starts(samples))
-    with bar(f"windows of {stream.data}", count) as advance:
+    with counting_bars() as begin:
+        advance = begin(f"windows of {stream.data}", count)
 
         def score(batches: Iterator[list[Row]]) -> Iterator[list[float]]:
             for scores in spread(score_rows, batches):
