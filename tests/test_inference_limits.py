@@ -18,11 +18,12 @@ from rank_pool import RankPool
 
 NUM_SUBKEYS, WIDTH = 5120, 24
 TABLE_BYTES = NUM_SUBKEYS**2 * WIDTH * 4
-LIMIT_BYTES = TABLE_BYTES // 2
+LIMIT_BYTES = TABLE_BYTES * 3 // 4
 PROGRAM = """
 import sys
 from pathlib import Path
 import torch
+from mempar.errors import ConfigError
 from mempar.runtime.inference.checkpoint import find_checkpoint
 from mempar.runtime.inference.generation import generate
 from mempar.runtime.inference.opened import open_model
@@ -36,6 +37,11 @@ try:
     torch.empty(int(sys.argv[2]), dtype=torch.uint8)
 except RuntimeError:
     print("the limit holds")
+try:
+    with open_model(find_checkpoint(Path(sys.argv[1])), tables="memory"):
+        pass
+except ConfigError as error:
+    print(error)
 """
 
 
@@ -79,7 +85,8 @@ def test_table_larger_than_memory_generates(pool: RankPool, tmp_path: Path) -> N
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found, anonymous, held = done.stdout.splitlines()
+    found, anonymous, held, refused = done.stdout.splitlines()
     assert (found, held) == ("mapped 12", "the limit holds")
     assert int(anonymous) < LIMIT_BYTES < TABLE_BYTES
     assert done.stderr == ""
+    assert f"not memory enough for {tmp_path / 'large'} ({TABLE_BYTES} bytes more were wanted)" in refused

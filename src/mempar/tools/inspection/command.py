@@ -13,7 +13,8 @@ from mempar.errors import ConfigError
 from mempar.runtime.config import RunConfig
 from mempar.runtime.durable import replace_file
 from mempar.runtime.inference.checkpoint import find_checkpoint
-from mempar.runtime.inference.mapping import map_table
+from mempar.runtime.inference.mapping import check_table, map_table
+from mempar.runtime.named_path import is_directory, status_of
 from mempar.tools.bars import Begin, counting_bars
 from mempar.tools.convert.checkpoint_source import CheckpointSource
 from mempar.tools.inspection.findings import Inspection, MemoryFindings, TextFindings
@@ -76,7 +77,7 @@ def inspect(request: Request, say: Callable[[str], None]) -> None:
     check_asked(request.texts)
     if request.out is not None:
         need_matplotlib(PAGE, "or leave --out away: tables and --json need none of it")
-        if request.out.exists() and not request.out.is_dir():
+        if status_of(request.out, "--out") is not None and not is_directory(request.out, "--out"):
             raise _no_directory(request.out, "it is no directory")
     source = CheckpointSource(find_checkpoint(request.checkpoint))
     memories = _memories(source, request.memory)
@@ -138,13 +139,12 @@ def _look(
     return [_text(each) for each in windows], found
 
 
-def _without_texts(
-    request: Request, source: CheckpointSource, name: str, begin: Begin
-) -> MemoryFindings:
+def _without_texts(request: Request, source: CheckpointSource, name: str, begin: Begin) -> MemoryFindings:
     config, history, rows = source.run.memories[name], None, []
     if stored := history_name(source, name):
         history = read_history(source, name, begin(f"history of {name}", rows_wanted(source, stored)))
     for table in (f"{name}.{part}" for part in config.table_names) if request.rows else ():
+        check_table(source.manifest, table, (config.num_slots, source.run.value_dim_of(config)))
         advance = begin(f"rows of {table}", rows_wanted(source, table, request.row_limit))
         rows.append(read_rows(source, table, advance, request.row_limit))
     return MemoryFindings(
