@@ -59,6 +59,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 BAD_TASKS = {
     "toy_unsafe": TASKS["toy_writing"] + "unsafe_code: true\n",
     "toy_fetched": TASKS["toy_writing"].replace("doc_to_text", "dataset_name: main\ndoc_to_text", 1),
+    "toy_failing": TASKS["toy_choices"] + "process_results: !function judging.judge\n",
     "toy_wrong": TASKS["toy_writing"].replace("{{question}}", "{{nothing.of_this_name}}"),
 }
 
@@ -74,6 +75,7 @@ def write_tasks(folder: Path, until: str = "\n\n") -> Path:
         text = f"task: {name}\n{tag}{common}{own}".replace("DATA", str(data)).replace("UNTIL", json.dumps(until))
         (folder / f"{name}.yaml").write_text(text)
     (folder / "group.yaml").write_text("group: toy_group\ntask: [toy_choices, {task: toy_writing, num_fewshot: 0}]\n")
+    (folder / "judging.py").write_text("def judge(doc, results):\n    raise KeyError('no such answer')\n")
     return folder
 
 

@@ -15,6 +15,7 @@ from mempar.runtime.config import DataConfig, ModelConfig, RunConfig, TrainConfi
 from mempar.runtime.data import check as data_check
 from mempar.runtime.data.check import data_identity, identity_differences
 from mempar.runtime.data.manifest import checksum, manifest_path, read_index, read_manifest
+from mempar.runtime.data.one_prefix import check_prefix, run_on_prefix
 from mempar.runtime.data.samples import Samples
 from mempar.runtime.data.tokenizer import vocab_size
 from mempar.runtime.mcore import IndexedDatasetBuilder
@@ -172,6 +173,26 @@ def test_trigram_baseline_of_a_large_vocabulary_is_refused(tmp_path: Path) -> No
         check_data(replace(run, train=replace(run.train, heldout_samples=1)))
 
 
+def test_one_data_set_is_held_against_the_embeddings_of_a_model(tmp_path: Path) -> None:
+    run = run_on()
+    for files in ((), (".bin",)):
+        for suffix in files:
+            (tmp_path / f"some{suffix}").write_bytes(b"")
+        with pytest.raises(ConfigError, match=rf"--data {tmp_path}/some: .*{'idx' if files else 'bin'} is not there"):
+            check_prefix(f"{tmp_path}/some", "--data")
+    ours, other = prepared(tmp_path / "a", "byte"), foreign(tmp_path / "foreign", [1, 2, 299])
+    check_prefix(ours, "--data")
+    # Whatever the run read itself.
+    alone = run_on_prefix(replace(run, data=replace(run.data, heldout_paths=("nowhere",))), ours, 257)
+    assert (alone.data.paths, alone.data.heldout_paths) == ((ours,), ())
+    with pytest.raises(ConfigError, match="prepared with byte, of 257 tokens, and the model has 256 embeddings"):
+        run_on_prefix(run, ours, 256)
+    # More embeddings than tokens of the tokenizer.
+    run_on_prefix(run, other, 300)
+    with pytest.raises(ConfigError, match="holds the token 299, and the vocabulary has 299"):
+        run_on_prefix(run, other, 299)
+
+
 def test_identity_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
     def make(folder: Path, text: str) -> tuple[str, str]:
         ours = prepared(folder, "byte", text=text)
@@ -186,6 +207,7 @@ def test_identity_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
         "tokens": manifest.tokens,
         "bin_bytes": manifest.bin.num_bytes,
         "bin_xxh3_128": checksum(Path(f"{paths[0]}.bin")).xxh3_128,
+        "tokenizer": "byte",
         "idx_bytes": manifest.idx.num_bytes,
         "idx_xxh3_128": checksum(Path(f"{paths[0]}.idx")).xxh3_128,
     }

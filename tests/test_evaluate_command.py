@@ -211,6 +211,32 @@ def test_tasks_that_cannot_be_are_refused(
         run(toy.checkpoint, tasks=(tasks,), task_dir=(toy.tasks,))
 
 
+def test_tasks_that_fail_are_one_message_behind_the_losses(toy: Toy, data: str) -> None:
+    said: list[str] = []
+    request = Request(
+        checkpoint=toy.checkpoint, data=(data,), samples=1, tasks=("toy_choices,toy_failing",), task_dir=(toy.tasks,),
+        limit=1,
+    )  # fmt: skip
+    where = r"--tasks toy_failing cannot be evaluated \(KeyError: 'no such answer'; judging.py, line 2\)"
+    with pytest.raises(ConfigError, match=where) as raised:
+        evaluate(request, said.append)
+    assert isinstance(raised.value.__cause__, KeyError) and "\n" not in str(raised.value)
+    assert said[0].startswith("run, step 0") and data in said[2] and "1 of 6" in said[2]
+
+
+def test_examples_are_no_more_than_there_are(toy: Toy) -> None:
+    manager, names = find_tasks(["toy_choices"], [toy.tasks])
+    tasks = load_tasks(manager, names, allow_code=False)["tasks"]
+    assert set_up(tasks, num_fewshot=len(QUESTIONS), seed=1) == []
+    with pytest.raises(ConfigError, match="toy_choices takes 5 examples in a prompt, and has 4 documents"):
+        set_up(tasks, num_fewshot=len(QUESTIONS) + 1, seed=1)
+    # Examples are chosen from the questions themselves.
+    (task,) = tasks.values()
+    task.fewshot_cfg.split = task.config.test_split
+    with pytest.raises(ConfigError, match=r"has 3 documents .* use --num-fewshot 3 or less"):
+        set_up(tasks, num_fewshot=len(QUESTIONS), seed=1)
+
+
 def test_directories_that_hold_no_tasks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere is no directory"):
         find_tasks(["any"], [tmp_path / "nowhere"])
@@ -297,7 +323,13 @@ def test_loss_of_some_windows_and_without_a_tokenizer(
     ("settings", "message"),
     [
         ({}, "nothing to evaluate: --tasks A,B or --data PREFIX"),
-        ({"data": ("nowhere",)}, "nowhere.bin does not exist"),
+        ({"data": ("nowhere",)}, "nowhere.bin is not there"),
+        ({"data": ("x" * 300,)}, r"--data x*.bin cannot be looked at \(File name too long"),
+        ({"tasks": ("x",), "task_dir": (Path("x" * 300),)}, "--task-dir x* cannot be looked at"),
+        ({"data": ("x",), "out": Path("x" * 300)}, r"--out x* cannot be looked at \(File name too long"),
+        ({"data": ("x",), "out": Path("x" * 252)}, r"--out x*.aside cannot be looked at \(File name too long"),
+        ({"data": ("x",), "out": Path("a\0b")}, r"--out .* cannot be looked at \(embedded null byte"),
+        ({"data": ("x",), "out": Path(__file__) / "below.json"}, "lies in no directory"),
         ({"data": ("x",), "samples": 0}, "--samples 0 must be at least 1"),
         ({"tasks": ("x",), "limit": 1.5}, "--limit 1.5 is neither"),
         ({"tasks": ("x",), "limit": float("inf")}, "--limit inf is neither"),

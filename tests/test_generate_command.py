@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ import torch
 import typer
 
 from byte_models import byte_run, save_byte_model
-from mempar.errors import MemparError
+from mempar.errors import ConfigError, MemparError
+from mempar.runtime.checkpoint.accept import read_config
+from mempar.runtime.checkpoint.manifest import read_manifest
 from mempar.runtime.data.encoders import ByteEncoder, load_encoder
 from mempar.runtime.data.tokenizer import TokenizerSpec, parse_spec
+from mempar.runtime.inference.checkpoint import find_checkpoint
 from mempar.runtime.inference.opened import open_model
+from mempar.runtime.inference.tokens import encoder_of
 from mempar.tools.generate import bench, command
 from mempar.tools.generate.options import generate
 from mempar.tools.generate.text_stream import TextStream
@@ -101,6 +106,28 @@ def test_texts_end_with_the_document_and_with_the_context(
     assert f"[the document ended: {end} tokens after " in main(saved, "--prompt", prompt, *drawing)[2]
 
 
+def test_tokens_are_those_of_the_tokenizer(saved: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_fewer_tokens(*given: Any) -> ByteEncoder:
+        encoder = ByteEncoder(TokenizerSpec("byte"))
+        encoder.vocab_size = 5
+        return encoder
+
+    monkeypatch.setattr(command, "encoder_of", of_fewer_tokens)
+    _, out, _ = main(saved, "--prompt", "a", "--temperature", 9.0, "--max-tokens", 20, "--json")
+    assert set(json.loads(out)["results"][0]["tokens"]) <= set(range(5))
+
+
+def test_tokenizers_are_those_of_the_data_where_that_is_known(saved: Path) -> None:
+    manifest = read_manifest(find_checkpoint(saved))
+    run = read_config(manifest)
+    described: list[dict[str, Any]] = [{}, {"data.paths[0]": {"tokens": 3}}, {"data.paths[0]": {"tokenizer": "byte"}}]
+    for data in [*described, {"data.paths[0]": ["no", "description"]}]:
+        assert encoder_of(replace(manifest, about={"data": data}), run).fingerprint == "byte"
+    other = {"data": {"data.paths[0]": {"tokenizer": "hf:0123:7"}}}
+    with pytest.raises(ConfigError, match=r"tokenizer byte is byte, and the data of .* were prepared with hf:0123:7"):
+        encoder_of(replace(manifest, about=other), run)
+
+
 def test_seeds_draw_other_texts(saved: Path, main: Main) -> None:
     ask = (saved, "--max-tokens", 12, "--temperature", 1.0, "--json")
     (first, again), (other,) = (
@@ -134,6 +161,7 @@ class Terminal(io.StringIO):
         (["--prompt", "a", "--max-tokens", 0], "--max-tokens 0"),
         (["--prompt", "a", "--tables", "disk"], "--tables disk is not known; it is one of auto, memory, mapped"),
         (["--prompt-file", "nothing.txt"], "--prompt-file nothing.txt cannot be read (No such file"),
+        (["--prompt-file", "x" * 300], "cannot be read (File name too long)"),
         (["--bench", "--prompt", "a", "--seed", 3], "--prompt, --seed with --bench"),
     ],
 )
@@ -163,8 +191,6 @@ def test_bad_checkpoints_are_one_message(saved: Path, main: Main, tmp_path: Path
 
 def save_with(run: Any, settings: dict[str, dict[str, Any]], target: Path) -> None:
     """On a rank: save a run with other settings; of bytes, too few of them."""
-    from dataclasses import replace
-
     import byte_models
 
     run = replace(run, **{section: replace(getattr(run, section), **given) for section, given in settings.items()})

@@ -1,5 +1,6 @@
 """Continuing prompts: which tokens are chosen, where texts end; the model is a rule that tests can follow."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,15 @@ def test_texts_end_at_a_stop_token_and_others_go_on() -> None:
     found = continued([[1, 2], [2, 2]], stop_tokens={6}, on_token=lambda *said: heard.append(said))
     assert found == [[3, 6], [4, 8, 16, 32]]
     assert heard == [(0, 3), (1, 4), (0, 6), (1, 8), (1, 16), (1, 32)]
+
+
+def test_tokens_that_the_tokenizer_lacks_are_not_chosen() -> None:
+    # The sum is 9, of which nothing is left: all others are alike, and the lowest is taken.
+    assert continued([[4, 5]], max_new_tokens=1) == [[9]]
+    assert continued([[4, 5]], max_new_tokens=1, vocab_size=9) == [[0]]
+    sampling = Sampling(temperature=100.0, seed=3)
+    found = [continued([[1]], max_new_tokens=11, vocab_size=7, sampling=replace(sampling, seed=n)) for n in range(5)]
+    assert {token for ((*tokens,),) in found for token in tokens} == set(range(7))
 
 
 def test_texts_end_with_the_context() -> None:

@@ -19,7 +19,7 @@ from rank_pool import RankPool
 NUM_SUBKEYS, WIDTH = 5120, 24
 TABLE_BYTES = NUM_SUBKEYS**2 * WIDTH * 4
 LIMIT_BYTES = TABLE_BYTES // 2
-PROGRAM = """
+GENERATES = """
 import sys
 from pathlib import Path
 import torch
@@ -36,6 +36,19 @@ try:
     torch.empty(int(sys.argv[2]), dtype=torch.uint8)
 except RuntimeError:
     print("the limit holds")
+"""
+IS_REFUSED = """
+import sys
+from pathlib import Path
+from mempar.errors import ConfigError
+from mempar.runtime.inference.checkpoint import find_checkpoint
+from mempar.runtime.inference.opened import open_model
+
+try:
+    with open_model(find_checkpoint(Path(sys.argv[1])), tables="memory"):
+        pass
+except ConfigError as error:
+    print(error)
 """
 
 
@@ -74,12 +87,19 @@ def test_table_larger_than_memory_generates(pool: RankPool, tmp_path: Path) -> N
     with_large_table(tmp_path / "dense", tmp_path / "large")
     (table,) = (tmp_path / "large" / "tables" / "memory.values").iterdir()
     assert table.stat().st_size > TABLE_BYTES
+    found, anonymous, held = limited(GENERATES, tmp_path / "large")
+    assert (found, held) == ("mapped 12", "the limit holds")
+    assert int(anonymous) < LIMIT_BYTES < TABLE_BYTES
+    (refused,) = limited(IS_REFUSED, tmp_path / "large")
+    assert f"not memory enough for {tmp_path / 'large'} ({TABLE_BYTES} bytes more were wanted)" in refused
+
+
+def limited(program: str, checkpoint: Path) -> list[str]:
+    """The lines that a program prints whose anonymous memory is limited to less than the table takes."""
     command = ["bash", "-c", 'ulimit -d "$1" && shift && exec "$@"', "bash", str(LIMIT_BYTES >> 10)]
-    command += [sys.executable, "-c", PROGRAM, str(tmp_path / "large"), str(LIMIT_BYTES)]
+    command += [sys.executable, "-c", program, str(checkpoint), str(LIMIT_BYTES)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found, anonymous, held = done.stdout.splitlines()
-    assert (found, held) == ("mapped 12", "the limit holds")
-    assert int(anonymous) < LIMIT_BYTES < TABLE_BYTES
     assert done.stderr == ""
+    return done.stdout.splitlines()

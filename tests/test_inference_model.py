@@ -1,5 +1,6 @@
 """Models opened from checkpoints: the logits of training, from any layout, with tables in memory or in their files."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mempar.runtime.checkpoint.manifest import read_manifest
 from mempar.runtime.config import RunConfig
 from mempar.runtime.inference.checkpoint import find_checkpoint
 from mempar.runtime.inference.forward import Forward
-from mempar.runtime.inference.opened import open_model
+from mempar.runtime.inference.opened import open_model, table_bytes
 from mempar.runtime.mcore import AttnMaskType, causal_past_the_prompt
 from rank_pool import RankFailure, RankPool
 from toy import VOCAB, Session, batches_of, toy_run
@@ -46,6 +47,8 @@ def read(path: Path, tokens: np.ndarray, tables: Any, dtype: str = "") -> dict[s
             "cached": torch.cat(parts, 1).numpy(),
             "last": [each.numpy() for each in last],
             "tables": (opened.tables, [table.name for table in opened.model.tables]),
+            "numbers": {str(table.shard.values.dtype) for table in opened.model.tables},
+            "table_bytes": table_bytes(opened.manifest, opened.run),
             "sizes": (opened.vocab_size, opened.max_length, opened.run.parallel.smallest_world),
             "gradients": any(param.requires_grad for param in opened.model.chunks[0].parameters()),
         }
@@ -80,6 +83,21 @@ def test_logits_are_those_of_training_with_and_without_cache(
         assert wide["logits"].dtype == np.float64
         np.testing.assert_allclose(wide["cached"], wide["logits"], rtol=0, atol=1e-10)
         np.testing.assert_allclose(wide["logits"], logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["memory_plus", "peer"])
+def test_tables_stay_in_their_type_whatever_is_computed_in(kind: str, pool: RankPool, tmp_path: Path) -> None:
+    run = toy_run(kind=kind, dtype="float64")
+    ((tokens, logits),) = pool.run(1, train_and_save, run, tmp_path / "saved")
+    for dtype, tolerance in (("", 0.0), ("float32", 1e-4)):
+        loaded, mapped = (
+            pool.run(1, read, tmp_path / "saved", tokens, tables, dtype)[0] for tables in ("memory", "mapped")
+        )
+        assert loaded["numbers"] == {"torch.float64"}
+        tables = [read_manifest(tmp_path / "saved").tensors[name] for name in loaded["tables"][1]]
+        assert loaded["table_bytes"] == mapped["table_bytes"] == sum(8 * prod(table.shape) for table in tables)
+        np.testing.assert_allclose(mapped["logits"], loaded["logits"], rtol=0, atol=mapped_tolerance(run))
+        np.testing.assert_allclose(loaded["logits"], logits, rtol=0, atol=tolerance)
 
 
 def save_and_read(run: RunConfig, target: Path) -> np.ndarray | None:
@@ -233,6 +251,9 @@ def test_paths_that_are_no_checkpoints_are_explained(saved: Path, tmp_path: Path
         make(tmp_path / "there")
         with pytest.raises(ConfigError, match=why):
             find_checkpoint(tmp_path / "there")
+    for name, why in (("x" * 300, "no file has so long a name"), ("a\0b", "nothing of this name")):
+        with pytest.raises(ConfigError, match=why):
+            find_checkpoint(tmp_path / name)
 
 
 def test_attention_of_transformer_engine_stays_causal_past_the_prompt() -> None:

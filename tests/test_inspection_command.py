@@ -18,6 +18,7 @@ from inspection_runs import STEPS, choices, inspected, make_run, save_initial, t
 from mempar.errors import CheckpointError, ConfigError
 from mempar.runtime.config import RunConfig
 from mempar.tools.convert import command as conversion
+from mempar.tools.convert.checkpoint_source import CheckpointSource
 from mempar.tools.inspection import command
 from mempar.tools.inspection.command import FINDINGS, PAGE, PICTURE, Request
 from mempar.tools.inspection.options import inspect
@@ -277,7 +278,12 @@ def test_long_texts_are_read_in_windows_and_what_is_left_out_is_said(
         ({"rows": "many"}, "--rows many is neither a number of at least 1 nor `all`"),
         ({"rows": "0"}, "--rows 0 is neither"),
         ({"out": Path(__file__)}, "cannot be written .it is no directory"),
+        ({"out": Path("x" * 300)}, r"--out x* cannot be looked at \(File name too long"),
+        ({"out": Path(__file__) / "below"}, "cannot be written .Not a directory"),
+        ({"texts": (Asked(kind="file", source="x" * 300),)}, r"--file x* cannot be looked at \(File name too long"),
+        ({"texts": (Asked(kind="data", source="a\0b"),)}, r"--data .* cannot be looked at \(embedded null byte"),
         ({"checkpoint": Path("/nowhere")}, "/nowhere is no checkpoint"),
+        ({"checkpoint": Path("x" * 300)}, "is no checkpoint: no file has so long a name"),
     ],
 )
 def test_bad_input_is_one_message(settings: dict[str, Any], message: str, trained: Trained) -> None:
@@ -291,7 +297,7 @@ def test_texts_that_cannot_be_read_are_one_message(bare: Path, trained: Trained,
     (tmp_path / "empty.txt").write_bytes(b"")
     latin, empty = (Asked(kind="file", source=str(tmp_path / name)) for name in ("latin.txt", "empty.txt"))
     for path, asked, message in [
-        (trained.path, latin, r"is no text in UTF-8 \(byte 2\)"),
+        (trained.path, latin, r"latin.txt cannot be read \(it is not UTF-8\)"),
         (trained.path, empty, "empty.txt is empty"),
         (bare, *texts_of("words"), "toy.model does not exist, which the tokenizer"),
         # Beyond the vocabulary: another tokenizer's.
@@ -318,6 +324,20 @@ def test_damage_is_found_where_it_is_read(trained: Trained, tmp_path: Path) -> N
         with pytest.raises(CheckpointError, match=rf"{name}.* is damaged"):
             command.inspect(Request(checkpoint=copy, **settings), print)
         shutil.copy(trained.path / file.relative_to(copy), file)
+
+
+def test_tables_of_another_shape_than_the_run_says_are_one_message(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OfAnotherRun(CheckpointSource):
+        def __init__(self, root: Path) -> None:
+            super().__init__(root)
+            self.run = replace(self.run, memory=replace(self.run.memory, num_subkeys=38))
+
+    monkeypatch.setattr(command, "CheckpointSource", OfAnotherRun)
+    monkeypatch.setattr(command, "history_name", lambda source, name: "")
+    with pytest.raises(CheckpointError, match=r"not hold memory.values as float32 \[1444, 24\], but float32 \[1369"):
+        command.inspect(Request(checkpoint=trained.path, rows="5"), print)
 
 
 def test_options_become_a_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,14 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from mempar.errors import CheckpointError, MemparError
 from mempar.memory.digest import digest_box
 from mempar.runtime.checkpoint.manifest import HISTORY, WEIGHTS, Manifest, NoCheckpointError, Piece, read_manifest
 from mempar.runtime.checkpoint.names import canonical, parameter_of_master
 from mempar.runtime.checkpoint.reading import Reader
+from mempar.tools.bars import byte_bars
 
 _THREADS = 2
 # Differences in a message.
@@ -132,13 +130,8 @@ def _open(path: Path) -> Manifest:
 
 
 def _check(manifest: Manifest, say: Callable[[str], None]) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, TimeRemainingColumn(), transient=True, console=console, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task(manifest.root.name, total=manifest.num_bytes)
-        findings = examine(manifest, lambda count: progress.advance(task, count))
+    with byte_bars() as begin:
+        findings = examine(manifest, begin(manifest.root.name, manifest.num_bytes))
     if findings.damages:
         more = len(findings.damages) - _NUM_NAMED
         rest = [f"and {more} more damages"] if more > 0 else []

@@ -19,6 +19,8 @@ from mempar.runtime.data.tokenizer import TokenizerSpec, parse_spec, vocab_size
 from mempar.runtime.data.trigram import MAX_VOCAB_SIZE
 
 SCANNED_BYTES = 1 << 32
+# In the identity of prepared data: the fingerprint of their tokenizer.
+TOKENIZER = "tokenizer"
 _BLOCK_BYTES = 1 << 24
 
 
@@ -48,8 +50,8 @@ def data_identity(run: RunConfig) -> dict[str, dict[str, int | str]]:
 
     Returns:
         For `data.paths[0]`, `data.paths[1]`, ...: `documents`, `tokens`, `bin_bytes`, `idx_bytes` and `idx_xxh3_128`,
-        and of prepared data `bin_xxh3_128`. Checksums of prepared data are those of their manifests; of other data the
-        .idx file is read through.
+        and of prepared data `bin_xxh3_128` and `tokenizer`, its fingerprint. Checksums of prepared data are those of
+        their manifests; of other data the .idx file is read through.
 
     Raises:
         ConfigError: for an index or manifest that cannot be read.
@@ -83,6 +85,7 @@ def _identity(path: str) -> dict[str, int | str]:
         idx = manifest.idx
         found = {"documents": manifest.documents, "tokens": manifest.tokens}
         found |= {"bin_bytes": manifest.bin.num_bytes, "bin_xxh3_128": manifest.bin.xxh3_128}
+        found |= {TOKENIZER: manifest.fingerprint}
     return found | {"idx_bytes": idx.num_bytes, "idx_xxh3_128": idx.xxh3_128}
 
 

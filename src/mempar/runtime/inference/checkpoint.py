@@ -1,5 +1,6 @@
 """Which checkpoint a path means; nothing here imports torch."""
 
+import errno
 from pathlib import Path
 
 from mempar.errors import ConfigError
@@ -16,26 +17,32 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises:
         ConfigError: when it is neither.
-        CheckpointError: when it cannot be looked at.
+        CheckpointError: when it cannot be looked into.
     """
     try:
-        if (path / MANIFEST).is_file():
-            return path
+        found = _newest(path)
+        if found is not None:
+            return found
+        why = _why_none(path)
     except OSError as error:
-        raise not_read(path, error) from None
-    directory = RunDir(path)
-    newest = directory.latest_checkpoint()
-    if newest is not None:
-        return newest
-    if not path.exists():
-        why = "there is nothing of this name"
-    elif directory.config.is_file():
-        why = "this run has saved no checkpoint yet"
-    elif (path / "config.json").is_file():
-        why = "it looks like a model of Hugging Face's: `mempar convert` makes a checkpoint of it"
-    else:
-        why = f"it holds neither {MANIFEST} nor checkpoints"
+        if error.errno != errno.ENAMETOOLONG:
+            raise not_read(path, error) from None
+        why = "no file has so long a name"
     raise ConfigError(
         f"{path} is no checkpoint: {why}; a checkpoint is a run's checkpoints/step_XXXXXXXX directory, and a run's own "
         "directory stands for its newest; name one of these."
     )
+
+
+def _newest(path: Path) -> Path | None:
+    return path if (path / MANIFEST).is_file() else RunDir(path).latest_checkpoint()
+
+
+def _why_none(path: Path) -> str:
+    if not path.exists():
+        return "there is nothing of this name"
+    if RunDir(path).config.is_file():
+        return "this run has saved no checkpoint yet"
+    if (path / "config.json").is_file():
+        return "it looks like a model of Hugging Face's: `mempar convert` makes a checkpoint of it"
+    return f"it holds neither {MANIFEST} nor checkpoints"

@@ -18,6 +18,7 @@ def generate(
     prompt_tokens: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    vocab_size: int | None = None,
     sampling: Sampling | None = None,
     stop_tokens: Collection[int] = (),
     on_token: Callable[[int, int], bool | None] | None = None,
@@ -28,6 +29,7 @@ def generate(
         forward: the model.
         prompt_tokens: at least one prompt, each of at least one token and at most `forward.max_length`.
         max_new_tokens: of each continuation.
+        vocab_size: only tokens below it are chosen: a model may have embeddings beyond its tokenizer's tokens.
         sampling: how tokens are chosen; greedily by default.
         stop_tokens: tokens that end a continuation.
         on_token: called with the number of the prompt and a token as soon as that is chosen; True ends that prompt's
@@ -47,7 +49,8 @@ def generate(
     step = torch.tensor([text[:done] for text in texts])
     while running:
         choosing = sorted(place for place in running if done >= lengths[place])
-        chosen = sampler.choose(forward.logits(step, cache, last_only=True)[:, -1], choosing).tolist()
+        logits = forward.logits(step, cache, last_only=True)[:, -1, :vocab_size]
+        chosen = sampler.choose(logits, choosing).tolist()
         for place in choosing:
             token = chosen[place]
             texts[place].append(token)

@@ -31,9 +31,7 @@ def map_table(manifest: Manifest, name: str, shape: tuple[int, int]) -> MappedTa
         CheckpointError: when the checkpoint has no such table, its files are not what the manifest says, or they cannot
             be mapped.
     """
-    record = manifest.tensors.get(name)
-    # Of any type: what is read is converted.
-    check_held(manifest, whole_box(name, record.dtype if record else "float32", shape))
+    check_table(manifest, name, shape)
     blocks: list[MappedBlock] = []
     for path in dict.fromkeys(path for path, _ in manifest.pieces_of(name)):
         if not path.endswith(shard_file.SUFFIX):
@@ -46,6 +44,17 @@ def map_table(manifest: Manifest, name: str, shape: tuple[int, int]) -> MappedTa
         raise not_read(manifest.root, error, f"the table {name}") from None
     except ValueError as error:
         raise damaged(manifest.root, f"the table {name} cannot be mapped ({error})") from None
+
+
+def check_table(manifest: Manifest, name: str, shape: tuple[int, int]) -> None:
+    """Check that a checkpoint has a table of this shape.
+
+    Raises:
+        CheckpointError: when it has none, or one of another shape.
+    """
+    record = manifest.tensors.get(name)
+    # Of any type: what is read is converted.
+    check_held(manifest, whole_box(name, record.dtype if record else "float32", shape))
 
 
 def map_readers(manifest: Manifest, run: RunConfig, memory: str, backend: Backend) -> MappedReaders:

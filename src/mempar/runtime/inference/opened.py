@@ -11,8 +11,9 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,13 +23,14 @@ from mempar.memory.config import MemoryConfig
 from mempar.runtime import bringup
 from mempar.runtime.bringup import World
 from mempar.runtime.checkpoint.accept import read_config
-from mempar.runtime.checkpoint.manifest import Manifest, read_manifest
+from mempar.runtime.checkpoint.manifest import DTYPE_BYTES, Manifest, read_manifest
 from mempar.runtime.config import DTYPES, CheckpointConfig, KernelsConfig, ParallelConfig, RunConfig
 from mempar.runtime.data.encoders import Encoder
 from mempar.runtime.host_memory import available_bytes
 from mempar.runtime.in_flight import InFlight
 from mempar.runtime.inference.forward import Forward
 from mempar.runtime.inference.mapping import map_readers
+from mempar.runtime.inference.shortage import explained_shortage
 from mempar.runtime.inference.tokens import encoder_of, num_tokens_of, padded_vocab
 from mempar.runtime.inference.weights import read_weights
 from mempar.runtime.model import Model, build_for_reading
@@ -38,6 +40,18 @@ from mempar.runtime.tables import access_through, make_tables
 Tables = Literal["auto", "memory", "mapped"]
 # Of the memory that is free: tables that take more stay in their files.
 _SHARE_OF_MEMORY = 0.5
+
+
+def check_tables(tables: str) -> Tables:
+    """Check where tables shall be, as --tables says it.
+
+    Raises:
+        ConfigError: for a place that is none.
+    """
+    for known in get_args(Tables):
+        if tables == known:
+            return known
+    raise ConfigError(f"--tables {tables} is not known; it is one of {', '.join(get_args(Tables))}; use one of these.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +93,7 @@ class OpenedModel:
         """The tokenizer.
 
         Raises:
-            ConfigError: when it cannot be loaded, or is not that of the checkpoint.
+            ConfigError: when it cannot be loaded, or is seen to be another one than the checkpoint's; see `encoder_of`.
         """
         return encoder_of(self.manifest, self.run)
 
@@ -92,14 +106,16 @@ def open_model(checkpoint: Path, *, tables: Tables = "auto", dtype: str = "") ->
         checkpoint: a checkpoint, see `find_checkpoint`.
         tables: `memory` loads them, comparing checksums; `mapped` leaves them in their files, unchecked (see
             mapping.py); `auto` maps those of a model whose tables take more than half of the memory that is free.
-        dtype: to compute in, one of `float64`, `float32`, `bf16`; empty for that of training. Tables stay as they are.
+        dtype: to compute in, one of `float64`, `float32`, `bf16`; empty for that of training. Tables stay in the type
+            that they were saved in, in memory and mapped, be it wider or narrower: rows are summed in it.
 
     Raises:
         CheckpointError: when the checkpoint is damaged.
         ConfigError: for settings that are none.
     """
     manifest = read_manifest(checkpoint)
-    run = _reading_run(read_config(manifest), dtype)
+    saved = read_config(manifest)
+    run = _reading_run(saved, dtype)
     joined = dist.is_initialized()
     if not joined:
         # One process is all it takes, whatever job its environment is of.
@@ -108,7 +124,8 @@ def open_model(checkpoint: Path, *, tables: Tables = "auto", dtype: str = "") ->
         run = resolve(run, dist.get_world_size())
         world = bringup.lay_out(run)
         try:
-            yield _open(checkpoint, run, manifest, world, tables)
+            with explained_shortage(str(checkpoint)):
+                yield _open(checkpoint, run, saved.train.dtype, manifest, world, tables)
         finally:
             bringup.tear_down(world)
     finally:
@@ -116,14 +133,18 @@ def open_model(checkpoint: Path, *, tables: Tables = "auto", dtype: str = "") ->
             dist.destroy_process_group()
 
 
-def _open(checkpoint: Path, run: RunConfig, manifest: Manifest, world: World, tables: Tables) -> OpenedModel:
+def _open(
+    checkpoint: Path, run: RunConfig, saved_dtype: str, manifest: Manifest, world: World, tables: Tables
+) -> OpenedModel:
     embeddings = padded_vocab(manifest)
     num_tokens = num_tokens_of(run, embeddings)
     if tables == "auto":
-        tables = "memory" if table_bytes(run) <= _SHARE_OF_MEMORY * _free_bytes(world.device) else "mapped"
+        tables = "memory" if table_bytes(manifest, run) <= _SHARE_OF_MEMORY * _free_bytes(world.device) else "mapped"
     in_flight = InFlight(runs_again=False)
     if tables == "memory":
-        loaded, access = make_tables(run, world, in_flight, draws=False)
+        # Those of float64 have no setting of their own: their type is that of the training that made them.
+        as_saved = replace(run, train=replace(run.train, dtype=saved_dtype))
+        loaded, access = make_tables(as_saved, world, in_flight, draws=False)
     else:
         loaded = []
         readers = {name: map_readers(manifest, run, name, world.backend) for name in run.memories}
@@ -142,12 +163,11 @@ def _open(checkpoint: Path, run: RunConfig, manifest: Manifest, world: World, ta
     )
 
 
-def table_bytes(run: RunConfig) -> int:
-    """Bytes of all tables of a run."""
-    return sum(
-        len(memory.table_names) * memory.num_slots * run.value_dim_of(memory) * run.value_bytes_of(memory)
-        for memory in run.memories.values()
-    )
+def table_bytes(manifest: Manifest, run: RunConfig) -> int:
+    """Bytes of all tables of a checkpoint, in memory as in its files."""
+    names = [f"{name}.{part}" for name, memory in run.memories.items() for part in memory.table_names]
+    records = [manifest.tensors[name] for name in names if name in manifest.tensors]
+    return sum(prod(record.shape) * DTYPE_BYTES[record.dtype] for record in records)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -4,8 +4,10 @@ A run's data may be gone when its checkpoint is used. Nothing here imports torch
 """
 
 from mempar.errors import CheckpointError, ConfigError
+from mempar.runtime.checkpoint.accept import DATA
 from mempar.runtime.checkpoint.manifest import Manifest
 from mempar.runtime.config import RunConfig
+from mempar.runtime.data.check import TOKENIZER
 from mempar.runtime.data.encoders import Encoder, load_encoder
 from mempar.runtime.data.tokenizer import parse_spec, vocab_size
 
@@ -35,10 +37,14 @@ def num_tokens_of(run: RunConfig, embeddings: int) -> int:
 
 
 def encoder_of(manifest: Manifest, run: RunConfig) -> Encoder:
-    """Load the tokenizer of a checkpoint.
+    """Load the tokenizer that a checkpoint names, and check as far as can be that it is the one of the run's data.
+
+    A checkpoint remembers the fingerprint of the tokenizer that prepared its data. Of data from elsewhere, and in
+    checkpoints of earlier versions, only the number of tokens is compared.
 
     Raises:
-        ConfigError: when it cannot be loaded, or has more tokens than the checkpoint has embeddings.
+        ConfigError: when it cannot be loaded, is another one than prepared the data, or has more tokens than the
+            checkpoint has embeddings.
     """
     name = run.data.tokenizer
     try:
@@ -54,4 +60,16 @@ def encoder_of(manifest: Manifest, run: RunConfig) -> Encoder:
             f"the tokenizer {name} has {encoder.vocab_size} tokens, and {manifest.root} {embeddings} embeddings; a "
             "model is used with the tokenizer of its data; put that one in its place."
         )
+    known = _fingerprints(manifest)
+    if known and encoder.fingerprint not in known:
+        raise ConfigError(
+            f"the tokenizer {name} is {encoder.fingerprint}, and the data of {manifest.root} were prepared with "
+            f"{' and '.join(known)}; a model is used with the tokenizer of its data; put that one in its place."
+        )
     return encoder
+
+
+def _fingerprints(manifest: Manifest) -> list[str]:
+    """Those of the tokenizers that prepared the data of the run, as far as the checkpoint knows."""
+    described = [about for about in manifest.about.get(DATA, {}).values() if isinstance(about, dict)]
+    return list(dict.fromkeys(str(about[TOKENIZER]) for about in described if TOKENIZER in about))

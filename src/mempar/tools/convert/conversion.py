@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 import mempar
 from mempar.errors import ConfigError, MemparError
 from mempar.runtime.checkpoint.manifest import FORMAT, checksum
 from mempar.runtime.durable import sync
+from mempar.tools.bars import byte_bars
 from mempar.tools.convert.journal import Journal
 from mempar.tools.convert.plan import Job, Plan
 
@@ -190,21 +189,15 @@ class Conversion:
 
     def _work(self, left: list[Job], journal: Journal) -> None:
         total = sum(job.bytes_written for job in self.plan.jobs)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        console = Console(stderr=True)
-        with Progress(
-            *columns, TimeRemainingColumn(), transient=True, console=console, disable=not console.is_terminal
-        ) as progress:
-            task = progress.add_task(
-                self.destination.name, total=total, completed=total - sum(job.bytes_written for job in left)
-            )
+        with byte_bars() as begin:
+            advance = begin(self.destination.name, total, total - sum(job.bytes_written for job in left))
             _allow_files()
             ended = threading.Event()
 
             def work(job: Job) -> Any:
                 if ended.is_set():
                     return None
-                return job.run(self.partial, lambda count: progress.advance(task, count))
+                return job.run(self.partial, advance)
 
             with ThreadPoolExecutor(self.used_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 running: dict[Future[Any], Job] = {}

@@ -7,6 +7,7 @@ model is opened.
 import json
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,21 @@ from mempar.runtime.checkpoint.accept import read_config
 from mempar.runtime.checkpoint.manifest import read_manifest
 from mempar.runtime.data import manifest as data_manifest
 from mempar.runtime.data.encoders import Encoder
+from mempar.runtime.data.one_prefix import check_prefix
 from mempar.runtime.durable import replace_file
 from mempar.runtime.inference.checkpoint import find_checkpoint
+from mempar.runtime.inference.opened import check_tables
+from mempar.runtime.inference.shortage import explained_shortage
 from mempar.runtime.inference.tokens import encoder_of, padded_vocab
+from mempar.tools.bars import counting_bars
 from mempar.tools.evaluate import report
-from mempar.tools.evaluate.bar import bar
 from mempar.tools.evaluate.heldout import Loss, Stream, measure, open_tokens
 from mempar.tools.evaluate.request import Request, Results
 from mempar.tools.evaluate.rows import Row
 from mempar.tools.evaluate.sizes import BatchSizes
-from mempar.tools.evaluate.tasks import find_tasks, harness, load_tasks, set_up
+from mempar.tools.evaluate.tasks import failed, find_tasks, harness, load_tasks, set_up
 from mempar.tools.evaluate.work import score_rows
 from mempar.tools.evaluate.workers import Map, open_workers
-from mempar.tools.generate.command import check_tables
 
 # Of metrics whose standard error has no closed form.
 _BOOTSTRAPS = 1000
@@ -58,9 +61,12 @@ def evaluate(request: Request, say: Callable[[str], None]) -> Results:
     with open_workers(checkpoint, count=request.nproc, tables=tables) as spread:
         for stream in streams:
             results.losses.append(_loss(stream, request.samples, sizes, spread))
+        # Tasks may take hours, and may fail.
+        for line in report.loss_lines(results):
+            say(line)
         if loaded is not None and encoder is not None:
             results.tasks = _run_tasks(loaded, encoder, request, results, sizes, spread)
-    for line in report.lines(results):
+    for line in report.task_lines(results):
         say(line)
     if request.out is not None:
         document = json.dumps(report.document(results, request), indent=1) + "\n"
@@ -76,6 +82,8 @@ def _open_data(request: Request, results: Results, embeddings: int) -> list[Stre
     """The data sets to be scored; bytes are counted where there is a tokenizer."""
     if not request.data:
         return []
+    for prefix in request.data:
+        check_prefix(prefix, "--data")
     made = {prefix: data_manifest.read_manifest(prefix) for prefix in request.data}
     encoder: Encoder | None = None
     try:
@@ -104,7 +112,8 @@ def _open_data(request: Request, results: Results, embeddings: int) -> list[Stre
 def _loss(stream: Stream, samples: int | None, sizes: BatchSizes, spread: Map) -> Loss:
     """Measure the loss on one data set, behind a bar."""
     count = len(stream.starts(samples))
-    with bar(f"windows of {stream.data}", count) as advance:
+    with counting_bars() as begin:
+        advance = begin(f"windows of {stream.data}", count)
 
         def score(batches: Iterator[list[Row]]) -> Iterator[list[float]]:
             for scores in spread(score_rows, batches):
@@ -137,13 +146,20 @@ def _run_tasks(
     random.seed(0)
     np.random.seed(request.seed)
     torch.manual_seed(request.seed)
-    found = harness("evaluator").evaluate(
-        lm=model,
-        task_dict=loaded,
-        limit=request.limit,
-        bootstrap_iters=_BOOTSTRAPS,
-        log_samples=False,
-        confirm_run_unsafe_code=request.allow_code,
-    )
+    try:
+        with explained_shortage(str(results.checkpoint)):
+            found = harness("evaluator").evaluate(
+                lm=model,
+                task_dict=loaded,
+                limit=request.limit,
+                bootstrap_iters=_BOOTSTRAPS,
+                log_samples=False,
+                confirm_run_unsafe_code=request.allow_code,
+            )
+    except (MemparError, BrokenProcessPool):
+        raise
+    except Exception as error:
+        # Functions of tasks are code from elsewhere: whatever they raise.
+        raise failed(error, loaded["tasks"], results.asked) from error
     results.notes += model.notes
     return found

@@ -15,7 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from mempar.errors import ConfigError
 from mempar.runtime.data.encoders import Encoder
 from mempar.runtime.inference.sampling import Sampling
-from mempar.tools.evaluate.bar import bar
+from mempar.tools.bars import counting_bars
 from mempar.tools.evaluate.rows import Row, batches, encode_pairs, encode_texts, make_rows, window_rows
 from mempar.tools.evaluate.sizes import BatchSizes
 from mempar.tools.evaluate.work import Prompts, continue_prompts, score_rows
@@ -87,7 +87,8 @@ class HarnessModel(LM):
         """Continue prompts, each as its task says."""
         jobs = list(self._jobs(requests))
         found = [""] * len(requests)
-        with bar("continuations", len(requests)) as advance:
+        with counting_bars() as begin:
+            advance = begin("continuations", len(requests))
             answers = self._spread(continue_prompts, [job for _, job in jobs])
             for (numbers, _), texts in zip(jobs, answers, strict=True):
                 for number, text in zip(numbers, texts, strict=True):
@@ -126,7 +127,8 @@ class HarnessModel(LM):
         """Scores of each row's endings, in the order of the rows."""
         parts = list(batches([len(row.tokens) for row in rows], self._sizes.rows))
         found: list[list[tuple[float, bool]]] = [[]] * len(rows)
-        with bar(what, len(rows)) as advance:
+        with counting_bars() as begin:
+            advance = begin(what, len(rows))
             answers = self._spread(score_rows, ([rows[number] for number in part] for part in parts))
             for part, scores in zip(parts, answers, strict=True):
                 for number, score in zip(part, scores, strict=True):

@@ -10,16 +10,16 @@ documents are predicted like other tokens and have no bytes.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
 from mempar.errors import ConfigError
-from mempar.runtime.config import DataConfig, RunConfig
-from mempar.runtime.data.check import check_files, check_tokens
+from mempar.runtime.config import RunConfig
+from mempar.runtime.data.check import check_tokens
 from mempar.runtime.data.encoders import Encoder
 from mempar.runtime.data.manifest import read_index
+from mempar.runtime.data.one_prefix import run_on_prefix
 from mempar.tools.evaluate.rows import Row, window_row
 
 # Tokens decoded before a stretch, so that a character that is cut by its beginning is cut in both.
@@ -61,21 +61,14 @@ def open_tokens(prefix: str, run: RunConfig, embeddings: int) -> np.ndarray:
     """Tokens of prepared data, left on the disk.
 
     Args:
-        prefix: of the .bin and .idx files.
+        prefix: of the .bin and .idx files, which exist.
         run: of the model.
         embeddings: that the model has.
 
     Raises:
-        ConfigError: for files that are missing or cut short, and tokens that are not the model's.
+        ConfigError: for files that are cut short, and tokens that are not the model's.
     """
-    for suffix in (".bin", ".idx"):
-        if not Path(prefix + suffix).is_file():
-            raise ConfigError(
-                f"--data {prefix}: {prefix}{suffix} does not exist; data are named by what stands before .bin and "
-                ".idx, as in data.paths; prepare them with `mempar prepare`."
-            )
-    model = replace(run.model, vocab_size=run.model.vocab_size or embeddings)
-    check_files(replace(run, model=model, data=DataConfig(paths=(prefix,), tokenizer=run.data.tokenizer)))
+    run_on_prefix(run, prefix, embeddings)
     index = read_index(prefix)
     if not index.tokens:
         raise ConfigError(f"--data {prefix} holds no tokens; a loss needs some; name other data.")

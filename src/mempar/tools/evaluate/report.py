@@ -56,12 +56,16 @@ def document(results: Results, request: Request) -> dict[str, Any]:
     }
 
 
-def lines(results: Results) -> Iterator[str]:
-    """The tables, line by line, and what is to be said of them."""
+def loss_lines(results: Results) -> Iterator[str]:
+    """What was evaluated, and the table of losses, line by line."""
     manifest, run = results.manifest, results.run
     yield f"{run.name}, step {manifest.step}: {results.checkpoint}"
     if results.losses:
         yield from _drawn(_loss_table(results))
+
+
+def task_lines(results: Results) -> Iterator[str]:
+    """The table of tasks, line by line, and what is to be said of all that was found."""
     if results.tasks is not None:
         yield from _drawn(_task_table(results, results.tasks))
         if _beside(results):

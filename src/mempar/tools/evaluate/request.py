@@ -7,6 +7,7 @@ from typing import Any
 from mempar.errors import ConfigError
 from mempar.runtime.checkpoint.manifest import Manifest
 from mempar.runtime.config import RunConfig
+from mempar.runtime.named_path import is_directory, status_of
 from mempar.tools.evaluate.heldout import Loss
 
 
@@ -64,9 +65,11 @@ class Request:
 
 
 def _check_out(path: Path) -> None:
-    if path.exists():
+    if status_of(path, "--out") is not None:
         raise ConfigError(f"--out {path} exists; nothing is overwritten; delete it, or choose another name.")
-    if not path.absolute().parent.is_dir():
+    # Written beside it first, under a longer name.
+    status_of(f"{path}.aside", "--out")
+    if not is_directory(path.absolute().parent, "--out"):
         raise ConfigError(f"--out {path} lies in no directory; a file is made, directories are not; make it first.")
 
 

@@ -9,12 +9,14 @@ import fnmatch
 import importlib
 import logging
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from mempar.errors import ConfigError
+from mempar.runtime.named_path import is_directory
 from mempar.tools.evaluate.quiet import be_quiet
 
 OURS = Path(__file__).parent / "tasks"
@@ -135,9 +137,10 @@ def load_tasks(manager: Any, names: Sequence[str], *, allow_code: bool) -> dict[
 
 def _check_folder(folder: Path) -> None:
     """Refuse a directory of tasks without any, or with a file that the harness would silently pass over."""
-    files = sorted(folder.rglob("*.yaml"))
+    there = is_directory(folder, "--task-dir")
+    files = sorted(folder.rglob("*.yaml")) if there else []
     if not files:
-        why = "holds no .yaml file" if folder.is_dir() else "is no directory"
+        why = "holds no .yaml file" if there else "is no directory"
         raise ConfigError(
             f"--task-dir {folder} {why}; it holds tasks in the harness's format, one YAML file each; name such a "
             "directory."
@@ -203,6 +206,9 @@ def set_up(tasks: dict[str, Any], *, num_fewshot: int | None, seed: int) -> list
 
     Returns:
         What is otherwise than asked.
+
+    Raises:
+        ConfigError: for more examples than a task has documents to choose them from.
     """
     kept = []
     for name, task in tasks.items():
@@ -212,7 +218,43 @@ def set_up(tasks: dict[str, Any], *, num_fewshot: int | None, seed: int) -> list
         elif num_fewshot:
             kept.append(name)
         task.set_fewshot_seed(seed=seed)
+        _check_examples(name, task)
     if not kept:
         return []
     more = f" and {len(kept) - _NUM_NEAR} more" if len(kept) > _NUM_NEAR else ""
     return [f"no examples in prompts of {', '.join(kept[:_NUM_NEAR])}{more}: these tasks are made for none"]
+
+
+def _check_examples(name: str, task: Any) -> None:
+    """Refuse more examples in prompts than there are documents; tasks of classes of their own may choose otherwise."""
+    wanted, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
+    if not wanted or sampler is None:
+        return
+    # A question is no example for itself.
+    split = task.fewshot_cfg.split
+    own = split is not None and split == task.config.test_split
+    available = max(0, len(sampler.fewshot_docs()) - own)
+    if wanted > available:
+        raise ConfigError(
+            f"{name} takes {wanted} examples in a prompt, and has {available} documents to choose them from; each "
+            f"stands there once; use --num-fewshot {available} or less, or give the task more."
+        )
+
+
+def failed(error: Exception, tasks: dict[str, Any], names: Sequence[str]) -> ConfigError:
+    """What is said of tasks that raise something while they ask or judge: which it is, and where in the code.
+
+    Args:
+        error: what was raised.
+        tasks: by name, loaded.
+        names: of what was asked for.
+    """
+    frames = list(traceback.walk_tb(error.__traceback__))
+    raising = [frame.f_locals.get("self") for frame, _ in frames]
+    name = next((name for name, task in tasks.items() if any(task is one for one in raising)), ",".join(names))
+    frame, line = frames[-1]
+    reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    return ConfigError(
+        f"--tasks {name} cannot be evaluated ({reason}; {Path(frame.f_code.co_filename).name}, line {line}); a task's "
+        "YAML and functions say how it asks and judges; mend it, or leave that task out."
+    )

@@ -70,6 +70,7 @@ def continue_prompts(opened: OpenedModel, prompts: Prompts) -> list[str]:
         opened.forward,
         prompts.tokens,
         max_new_tokens=prompts.max_new_tokens,
+        vocab_size=encoder.vocab_size,
         sampling=prompts.sampling,
         stop_tokens=(encoder.eod,),
         on_token=is_over,

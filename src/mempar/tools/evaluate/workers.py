@@ -22,6 +22,7 @@ import torch
 
 from mempar.errors import MemparError
 from mempar.runtime.inference.opened import OpenedModel, Tables, open_model
+from mempar.runtime.inference.shortage import explained_shortage
 from mempar.runtime.launch.parent import die_with
 
 Batch = TypeVar("Batch")
@@ -109,10 +110,6 @@ def _work(checkpoint: Path, tables: Tables, work: Callable[..., Any], batch: Any
 
 
 def _computed(work: Callable[..., Any], opened: OpenedModel, batch: Any) -> Any:
-    try:
+    # In another process nothing else does: what opens the model there is long past.
+    with explained_shortage(str(opened.checkpoint)):
         return work(opened, batch)
-    except torch.OutOfMemoryError as error:
-        raise MemparError(
-            f"there is not memory enough for a batch ({error}); fewer sequences at a time take less; give a smaller "
-            "--batch-size, or --tables mapped."
-        ) from None

@@ -25,11 +25,10 @@ from mempar.runtime.config import RunConfig
 from mempar.runtime.in_flight import InFlight
 from mempar.runtime.inference.checkpoint import find_checkpoint
 from mempar.runtime.inference.forward import Forward
-from mempar.runtime.inference.opened import OpenedModel, open_model, table_bytes
+from mempar.runtime.inference.opened import OpenedModel, check_tables, open_model, table_bytes
 from mempar.runtime.model import Model, build_for_reading
 from mempar.runtime.size import model_size
 from mempar.tools.generate.bench_table import bench_table
-from mempar.tools.generate.command import check_tables
 
 # Sequences at a time.
 _BATCH_SIZES = (1, 8)
@@ -150,7 +149,7 @@ def measure(opened: OpenedModel) -> BenchResult:
         torch=torch.__version__,
         dtype=opened.run.train.dtype,
         tables=opened.tables,
-        table_bytes=table_bytes(opened.run),
+        table_bytes=table_bytes(opened.manifest, opened.run),
         memory_flops=flops[0],
         dense_flops=flops[1],
         dense_ffn=dense_run.model.ffn_hidden_size,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from mempar.errors import ConfigError
 from mempar.runtime.checkpoint.accept import read_config
@@ -14,10 +14,11 @@ from mempar.runtime.checkpoint.manifest import read_manifest
 from mempar.runtime.data.encoders import Encoder
 from mempar.runtime.inference.checkpoint import find_checkpoint
 from mempar.runtime.inference.generation import generate as continue_prompts
-from mempar.runtime.inference.opened import OpenedModel, Tables, open_model, table_bytes
+from mempar.runtime.inference.opened import OpenedModel, check_tables, open_model, table_bytes
 from mempar.runtime.inference.sampling import Sampling
 from mempar.runtime.inference.tokens import encoder_of
 from mempar.tools.generate.text_stream import TextStream
+from mempar.tools.given_text import check_unicode, read_text
 
 # Why a text ended, in JSON and in words.
 _ENDINGS = {
@@ -105,43 +106,17 @@ def generate(request: Request, *, write: Callable[[str], None], note: Callable[[
             write(json.dumps(_document(opened, request, found), indent=1) + "\n")
 
 
-def check_tables(tables: str) -> Tables:
-    """Check where tables shall be.
-
-    Raises:
-        ConfigError: for a place that is none.
-    """
-    for known in get_args(Tables):
-        if tables == known:
-            return known
-    raise ConfigError(f"--tables {tables} is not known; it is one of {', '.join(get_args(Tables))}; use one of these.")
-
-
 def _prompts(request: Request) -> list[str]:
     prompts = list(request.prompts)
     if request.prompt_file is not None:
-        prompts.append(_read(request.prompt_file))
+        path, option = request.prompt_file, f"--prompt-file {request.prompt_file}"
+        prompts.append(read_text(None if path == Path("-") else path, option)[0])
     if not prompts:
         raise ConfigError("no prompt is given; a model continues texts; use --prompt TEXT, --prompt-file FILE or both.")
     if "" in prompts:
         raise ConfigError("a prompt is empty; a model continues what it is given; write the beginning of a text.")
-    try:
-        "".join(prompts).encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            "a prompt is not UTF-8; tokenizers take text; convert it, as `iconv -t utf-8` does."
-        ) from None
+    check_unicode("".join(prompts), "a prompt")
     return prompts
-
-
-def _read(path: Path) -> str:
-    try:
-        return (sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()).decode()
-    except OSError as error:
-        reason = error.strerror
-    except UnicodeDecodeError:
-        reason = "it is not UTF-8"
-    raise ConfigError(f"--prompt-file {path} cannot be read ({reason}); it holds a text; name another file.")
 
 
 def _encoded(prompt: str, encoder: Encoder, context: int) -> list[int]:
@@ -177,6 +152,7 @@ def _continue(
         opened.forward,
         [given],
         max_new_tokens=max_tokens,
+        vocab_size=encoder.vocab_size,
         sampling=sampling,
         stop_tokens={encoder.eod},
         on_token=lambda place, token: hear(stream.add(token)),
@@ -209,8 +185,9 @@ def _ending(found: Continuation) -> str:
 
 def _say_tables(opened: OpenedModel, note: Callable[[str], None]) -> None:
     if opened.run.memories and opened.tables == "mapped":
+        gib = table_bytes(opened.manifest, opened.run) / 2**30
         note(
-            f"[tables of {table_bytes(opened.run) / 2**30:.2f} GiB stay in their files, whose checksums are not "
+            f"[tables of {gib:.2f} GiB stay in their files, whose checksums are not "
             "compared: `mempar verify` does that]"
         )
 

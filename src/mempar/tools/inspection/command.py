@@ -4,20 +4,18 @@ import dataclasses
 import datetime
 import difflib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mempar.errors import ConfigError
 from mempar.runtime.config import RunConfig
 from mempar.runtime.durable import replace_file
 from mempar.runtime.inference.checkpoint import find_checkpoint
-from mempar.runtime.inference.mapping import map_table
+from mempar.runtime.inference.mapping import check_table, map_table
+from mempar.runtime.named_path import is_directory, status_of
+from mempar.tools.bars import Begin, counting_bars
 from mempar.tools.convert.checkpoint_source import CheckpointSource
 from mempar.tools.inspection.findings import Inspection, MemoryFindings, TextFindings
 from mempar.tools.inspection.history import history_name, read_history
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
 PAGE, PICTURE, FINDINGS = "inspection.html", "inspection.png", "inspection.json"
 # Of a text in lists, the slots of most weight, for the heat map on the page.
 _SLOTS = 24
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +77,12 @@ def inspect(request: Request, say: Callable[[str], None]) -> None:
     check_asked(request.texts)
     if request.out is not None:
         need_matplotlib(PAGE, "or leave --out away: tables and --json need none of it")
-        if request.out.exists() and not request.out.is_dir():
+        if status_of(request.out, "--out") is not None and not is_directory(request.out, "--out"):
             raise _no_directory(request.out, "it is no directory")
     source = CheckpointSource(find_checkpoint(request.checkpoint))
     memories = _memories(source, request.memory)
-    with _progress() as progress:
-        texts, found = _look(request, source, memories, progress)
+    with counting_bars() as begin:
+        texts, found = _look(request, source, memories, begin)
     inspection = Inspection(
         checkpoint=printable(str(source.root)),
         run=printable(source.run.name),
@@ -123,12 +119,12 @@ def _memories(source: CheckpointSource, wanted: str) -> list[str]:
 
 
 def _look(
-    request: Request, source: CheckpointSource, memories: list[str], progress: Callable[[str, int], Advance]
+    request: Request, source: CheckpointSource, memories: list[str], begin: Begin
 ) -> tuple[list[TextFindings], list[MemoryFindings]]:
     """Look at rows, then let the model read; texts that cannot be read are told before either."""
     of_run = Texts(source.manifest, source.run)
     windows = [of_run.windows(each, request.samples) for each in request.texts]
-    found = [_without_texts(request, source, name, progress) for name in memories]
+    found = [_without_texts(request, source, name, begin) for name in memories]
     if not windows:
         return [], found
     # Megatron is needed for what texts read, and for nothing else.
@@ -137,20 +133,19 @@ def _look(
     with open_model(source.root, tables="mapped") as opened:
         reads = []
         for each in windows:
-            advance = progress(f"reading {each.name}", len(each.tokens))
+            advance = begin(f"reading {each.name}", len(each.tokens))
             reads.append(read_windows(opened, each.tokens, memories, advance))
         found = [_with_texts(request, opened, memory, [of_text[memory.name] for of_text in reads]) for memory in found]
     return [_text(each) for each in windows], found
 
 
-def _without_texts(
-    request: Request, source: CheckpointSource, name: str, progress: Callable[[str, int], Advance]
-) -> MemoryFindings:
+def _without_texts(request: Request, source: CheckpointSource, name: str, begin: Begin) -> MemoryFindings:
     config, history, rows = source.run.memories[name], None, []
     if stored := history_name(source, name):
-        history = read_history(source, name, progress(f"history of {name}", rows_wanted(source, stored)))
+        history = read_history(source, name, begin(f"history of {name}", rows_wanted(source, stored)))
     for table in (f"{name}.{part}" for part in config.table_names) if request.rows else ():
-        advance = progress(f"rows of {table}", rows_wanted(source, table, request.row_limit))
+        check_table(source.manifest, table, (config.num_slots, source.run.value_dim_of(config)))
+        advance = begin(f"rows of {table}", rows_wanted(source, table, request.row_limit))
         rows.append(read_rows(source, table, advance, request.row_limit))
     return MemoryFindings(
         name=name,
@@ -204,17 +199,3 @@ def _no_directory(out: Path, why: str) -> ConfigError:
     return ConfigError(
         f"--out {out} cannot be written ({why}); it is a directory that is there or can be made; choose another one."
     )
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int], Advance]]:
-    """Bars for people on a terminal: called with what is done and how many, it returns what is told of each."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bars:
-
-        def begin(what: str, total: int) -> Advance:
-            task = bars.add_task(what, total=total)
-            return lambda count: bars.advance(task, count)
-
-        yield begin

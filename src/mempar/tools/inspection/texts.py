@@ -2,15 +2,17 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mempar.errors import ConfigError
 from mempar.runtime.checkpoint.manifest import Manifest
 from mempar.runtime.config import RunConfig
-from mempar.runtime.data.check import check_files
 from mempar.runtime.data.encoders import Encoder
-from mempar.runtime.inference.tokens import encoder_of
+from mempar.runtime.data.one_prefix import check_prefix, run_on_prefix
+from mempar.runtime.inference.tokens import encoder_of, padded_vocab
+from mempar.runtime.named_path import is_file
+from mempar.tools.given_text import check_unicode, read_text
 
 # Letters of a file that are read for each token that is wanted of it: more than any tokenizer takes for one on average.
 _LETTERS_A_TOKEN = 16
@@ -69,17 +71,12 @@ def check_asked(texts: Sequence[Asked]) -> None:
     for each in texts:
         if each.kind == "text" and not each.source:
             raise _empty(each)
-        if each.kind == "text" and not _is_unicode(each.source):
-            raise ConfigError("--text is not UTF-8; tokenizers take text; convert it, as `iconv -t utf-8` does.")
-        if each.kind == "file" and not Path(each.source).is_file():
+        if each.kind == "text":
+            check_unicode(each.source, "--text")
+        if each.kind == "file" and not is_file(each.source, "--file"):
             raise ConfigError(f"--file {each.source}: there is no such file; it is a text file in UTF-8; name one.")
         if each.kind == "data":
-            missing = [suffix for suffix in (".bin", ".idx") if not Path(each.source + suffix).is_file()]
-            if missing:
-                raise ConfigError(
-                    f"--data {each.source}: {each.source}{missing[0]} is not there; prepared data are PREFIX.bin and "
-                    "PREFIX.idx, as `mempar prepare` writes them; name their PREFIX."
-                )
+            check_prefix(each.source, "--data")
 
 
 class Texts:
@@ -99,7 +96,7 @@ class Texts:
         """The tokenizer.
 
         Raises:
-            ConfigError: when it cannot be loaded, or is not that of the checkpoint.
+            ConfigError: when it cannot be loaded, or is seen to be another one than the checkpoint's; see `encoder_of`.
         """
         return encoder_of(self.manifest, self.run)
 
@@ -138,8 +135,7 @@ class Texts:
         """The first samples in the order in which a run with this seed would read them."""
         from mempar.runtime.data.samples import Samples
 
-        run = _reading(self.run, asked.source)
-        check_files(run)
+        run = run_on_prefix(self.run, asked.source, padded_vocab(self.manifest))
         samples = Samples(run, run.data.paths, (), run.train.seed)
         available = len(samples.sets[0])
         windows = [samples[place][:-1].tolist() for place in range(min(number, available))]
@@ -171,37 +167,11 @@ def letters(encoder: Encoder, token: int) -> str:
     )
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether a text is one: arguments that are not UTF-8 have halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _text_of(asked: Asked, most: int) -> tuple[str, bool]:
     """A text, and whether that is all of it."""
     if asked.kind == "text":
         return asked.source, True
-    try:
-        with Path(asked.source).open(encoding="utf-8", newline="") as file:
-            text = file.read(most)
-            return text, not file.read(1)
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"--file {asked.source} is no text in UTF-8 (byte {error.start}); only such text is read; convert it, or "
-            "name another file."
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"--file {asked.source} cannot be read ({error.strerror}); see to it, or name another."
-        ) from None
-
-
-def _reading(run: RunConfig, prefix: str) -> RunConfig:
-    data = replace(run.data, corpus="", paths=(prefix,), weights=(), heldout_paths=(), trigram_baseline=False)
-    return replace(run, data=data)
+    return read_text(Path(asked.source), f"--file {asked.source}", most)
 
 
 def _name(asked: Asked, text: str) -> str:

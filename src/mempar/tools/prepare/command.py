@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mempar.errors import ConfigError, MemparError
 from mempar.runtime.data.encoders import Encoder, load_encoder
 from mempar.runtime.data.manifest import DataManifest, read_manifest
 from mempar.runtime.data.tokenizer import parse_spec
+from mempar.tools.bars import bars
 from mempar.tools.prepare import reading
 from mempar.tools.prepare.documents import check_unit
 from mempar.tools.prepare.encoding import Job, encode_all
@@ -120,7 +120,6 @@ def _work(
 def _encode(partial: Partial, sources: list[Input], job: Job, encoder: Encoder, num_workers: int) -> list[str]:
     """Encode and write what is left to do, behind a progress bar; return the first reasons of bad documents."""
     reasons: list[str] = []
-    console = Console(stderr=True)
     columns = (
         TextColumn("{task.percentage:3.0f}%"),
         BarColumn(),
@@ -129,7 +128,7 @@ def _encode(partial: Partial, sources: list[Input], job: Job, encoder: Encoder, 
         TimeRemainingColumn(),
     )
     batches = reading.read_batches(sources, partial.done.after, unit=job.unit, field=job.field)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with bars(*columns) as progress:
         total = sum(source.num_bytes for source in sources)
         task = progress.add_task("", total=total, completed=partial.done.num_bytes_read, documents=0, tokens=0)
         for batch, encoded in encode_all(batches, job, encoder, num_workers):
