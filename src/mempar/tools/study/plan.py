@@ -47,8 +47,8 @@ class Study:
     @property
     def entrants(self) -> list[Entrant]:
         """The models, in the order in which they run."""
-        slots = dict.fromkeys((MOE, PEER, MEMORY), (self.matched_slots,)) | dict.fromkeys(WITHOUT_SLOTS, (0,))
-        slots[MEMORY_PLUS] = self.slots
+        slots: dict[str, tuple[int, ...]] = dict.fromkeys(WITHOUT_SLOTS, (0,))
+        slots |= dict.fromkeys((MOE, PEER, MEMORY), (self.matched_slots,)) | {MEMORY_PLUS: self.slots}
         return [Entrant(variant=name, slots=number) for name in self.variants for number in slots[name]]
 
     @property
