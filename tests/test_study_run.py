@@ -81,7 +81,8 @@ def test_every_model_trains_and_is_asked(variant: str, pool: RankPool, paths: St
     assert result.tokens == MICRO.tokens and result.device == "cpu"
     assert 0 < result.curve[0].cpu_seconds < result.curve[-1].cpu_seconds == result.cpu_seconds
     model, run = result.model, one.run
-    assert (model.lr, model.values_lr is not None) == (MICRO.lr, bool(model.tables)) and model.ffn_hidden_size > 0
+    lr = MICRO.lr_of.get(variant, MICRO.lr)
+    assert (model.lr, model.values_lr is not None) == (lr, bool(model.tables)) and model.ffn_hidden_size > 0
     assert model.table_slots * model.tables * run.model.hidden_size == result.table_params
     assert model.experts == run.moe.num_experts and model.memory_layers == list(run.memory.layers)
     assert [point.step for point in result.curve] == [2, 4, 6] and result.curve[-1].accuracy == result.accuracy

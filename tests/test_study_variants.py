@@ -50,7 +50,11 @@ def test_runs_of_a_study_differ_in_model_and_seed_alone(size: str) -> None:
     ]
     assert len({run.name for run in found}) == len(found)
     for run in found:
-        assert run.optim == found[0].optim and run.data == DATA
+        lr = settings.lr_of.get(run.name.split("-")[0], settings.lr)
+        assert run.optim.lr == lr and run.optim.min_lr == lr * settings.final_lr_share and run.data == DATA
+        assert dataclasses.replace(run.optim, lr=1.0, min_lr=0.0) == dataclasses.replace(
+            found[0].optim, lr=1.0, min_lr=0.0
+        )
         assert dataclasses.replace(run.train, seed=1) == found[0].train
         narrow = [dataclasses.replace(each.model, ffn_hidden_size=1) for each in (run, found[0])]
         assert narrow[0] == narrow[1]
@@ -75,6 +79,7 @@ def test_study_is_changed_as_asked() -> None:
     study = study_of("quick", variants=["memory_plus", "dense", "dense"], num_seeds=2, given=given)
     assert study.variants == ("dense", "memory_plus") and study.num_seeds == 2
     assert study.settings == dataclasses.replace(STUDIES["quick"].settings, steps=7, memory_layers=(2,))
+    assert study_of("quick", given=["lr_of={moe: 0.02}"]).settings.lr_of["moe"] == 0.02
     assert study.settings.tokens == 7 * study.settings.batch_size * study.settings.seq_length
 
 
@@ -91,6 +96,8 @@ def test_study_is_changed_as_asked() -> None:
         ({"size": "full", "given": ["stepz=3"]}, "'stepz' is no setting of the study; did you mean steps"),
         ({"size": "full", "given": ["steps"]}, "'steps' is no setting; write KEY=VALUE"),
         ({"size": "full", "given": ["steps=many"]}, "steps must be int"),
+        ({"size": "full", "given": ["lr_of={sparse: 0.1}"]}, "lr_of: 'sparse' is no model of the study"),
+        ({"size": "full", "given": ["lr_of={dense: fast}"]}, "lr_of must be"),
         ({"size": "full", "given": ["steps=???"]}, "steps must be int"),
         ({"size": "full", "given": ["steps=${lr}"]}, "steps must be int"),
         ({"size": "full", "given": ["memory_layers=[a]"]}, r"memory_layers must be tuple\[int, \.\.\.\]"),
@@ -105,5 +112,5 @@ def test_bad_input_is_one_message(arguments: dict, message: str) -> None:
 
 
 def test_known_variants_pass() -> None:
-    check_variants(VARIANTS)
+    check_variants(VARIANTS, "--variants")
     assert "steps" in Settings(facts=1, steps=1).to_json()

@@ -5,7 +5,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -59,7 +59,7 @@ class Study:
 
 STUDIES = {
     "quick": Study(settings=Settings(facts=2000, steps=1200), slots=(1024, 16384), matched_slots=16384, num_seeds=1),
-    "full": Study(settings=Settings(facts=5000, steps=2500), slots=(1024, 4096, 16384, 65536), matched_slots=16384),
+    "full": Study(settings=Settings(facts=4000, steps=2000), slots=(1024, 4096, 16384, 65536), matched_slots=16384),
     # Rates and widths are those of larger models as they are usually trained: nobody has tuned them for this.
     "large": Study(
         settings=Settings(
@@ -73,6 +73,7 @@ STUDIES = {
             ffn_hidden_size=688,
             init_std=0.02,
             lr=3e-3,
+            lr_of={},
             warmup_steps=500,
             memory_layers=(4,),
             memory_plus_layers=(2, 4, 6),
@@ -106,24 +107,30 @@ def study_of(
     study = STUDIES[size]
     if num_seeds is not None and num_seeds < 1:
         raise ConfigError(f"--seeds {num_seeds} runs nothing; every model needs at least one seed; raise it.")
-    check_variants(variants)
+    check_variants(variants, "--variants")
+    settings = _with(study.settings, given)
+    check_variants(settings.lr_of, "lr_of")
     return dataclasses.replace(
         study,
-        settings=_with(study.settings, given),
+        settings=settings,
         variants=tuple(name for name in study.variants if not variants or name in variants),
         num_seeds=num_seeds or study.num_seeds,
     )
 
 
-def check_variants(names: Sequence[str]) -> None:
+def check_variants(names: Iterable[str], given: str) -> None:
     """Refuse names that are no variant.
+
+    Args:
+        names: to look at.
+        given: where they were given.
 
     Raises:
         ConfigError: with near names.
     """
     for name in names:
         if name not in VARIANTS:
-            raise ConfigError(f"--variants: '{name}' is no model of the study; {_hint(name, VARIANTS)}")
+            raise ConfigError(f"{given}: '{name}' is no model of the study; {_hint(name, VARIANTS)}")
 
 
 def _with(settings: Settings, given: Sequence[str]) -> Settings:

@@ -27,7 +27,8 @@ class Settings:
         attention_heads: of every block.
         ffn_hidden_size: width of the dense model's feed-forward networks; those of others follow from it.
         init_std: of dense weights.
-        lr: peak learning rate of dense parameters, of all variants.
+        lr: peak learning rate of dense parameters.
+        lr_of: the same of some variants, by their names, where another one suits them better.
         final_lr_share: what is left of it at the end.
         warmup_steps: until it is reached.
         schedule: of all rates.
@@ -38,7 +39,8 @@ class Settings:
         top_k: K.
         key_dim: 2Q.
         qk_norm: whether queries and keys are normalised.
-        values_lr_multiplier: how many times the dense rate the values learn at.
+        values_lr_multiplier: how many times the rate of the model's dense parameters its tables' values learn at.
+        balance_loss: coefficient of the loss that asks for even use, of experts and of tables.
         evaluation_interval: steps between evaluations.
         asked: facts that are asked for at an evaluation before the last, which asks for all.
 
@@ -59,7 +61,8 @@ class Settings:
     attention_heads: int = 2
     ffn_hidden_size: int = 128
     init_std: float = 0.05
-    lr: float = 1e-2
+    lr: float = 5e-3
+    lr_of: dict[str, float] = dataclasses.field(default_factory=lambda: {"dense": 1e-2})
     final_lr_share: float = 0.1
     warmup_steps: int = 100
     schedule: str = "cosine"
@@ -70,8 +73,9 @@ class Settings:
     top_k: int = 8
     key_dim: int = 32
     qk_norm: bool = True
-    values_lr_multiplier: float = 5.0
-    evaluation_interval: int = 250
+    values_lr_multiplier: float = 10.0
+    balance_loss: float = 0.01
+    evaluation_interval: int = 200
     asked: int = 1000
 
     def __post_init__(self) -> None:

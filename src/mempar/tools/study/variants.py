@@ -29,7 +29,6 @@ WITHOUT_SLOTS = (DENSE, TWICE)
 # FLOPs a token may differ by so much from what they are matched to.
 TOLERANCE = 0.02
 _EXPERTS_OF_A_TOKEN = 2
-_BALANCE_LOSS = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -61,27 +60,28 @@ def run_of(entrant: Entrant, settings: Settings, seed: int, data: DataConfig, vo
     Raises:
         ConfigError: when its FLOPs cannot be matched.
     """
-    dense = _dense(settings, seed, data)
+    run = _matched_run(entrant, settings, _dense(settings, seed, data), vocab_size)
+    lr = settings.lr_of.get(entrant.variant, settings.lr)
+    optim = dataclasses.replace(run.optim, lr=lr, min_lr=lr * settings.final_lr_share)
+    return dataclasses.replace(run, name=f"{entrant}-seed{seed}", optim=optim)
+
+
+def _matched_run(entrant: Entrant, settings: Settings, dense: RunConfig, vocab_size: int) -> RunConfig:
     target = model_size(dense, vocab_size).flops_per_token
     if entrant.variant == DENSE:
-        return _named(dense, entrant, seed)
+        return dense
     if entrant.variant == TWICE:
-        return _named(_twice(dense, 2 * target, vocab_size), entrant, seed)
+        return _twice(dense, 2 * target, vocab_size)
     memory = _with_memory(dense, settings, MEMORY_PLUS, math.isqrt(entrant.slots))
     memory = _matched(lambda width: _with_ffn(memory, width), target, vocab_size, entrant)
     if entrant.variant == MOE:
-        wanted = model_size(memory, vocab_size).total_params
-        return _named(_experts(dense, target, wanted, vocab_size, entrant), entrant, seed)
+        return _experts(dense, settings, target, _params(memory, vocab_size), vocab_size)
     num_subkeys = math.isqrt(entrant.slots)
     if entrant.variant == PEER:
         # Two tables.
         num_subkeys = round(num_subkeys / math.sqrt(2))
     run = _with_memory(dense, settings, entrant.variant, num_subkeys)
-    return _named(_matched(lambda width: _with_ffn(run, width), target, vocab_size, entrant), entrant, seed)
-
-
-def _named(run: RunConfig, entrant: Entrant, seed: int) -> RunConfig:
-    return dataclasses.replace(run, name=f"{entrant}-seed{seed}")
+    return _matched(lambda width: _with_ffn(run, width), target, vocab_size, entrant)
 
 
 def _dense(settings: Settings, seed: int, data: DataConfig) -> RunConfig:
@@ -94,11 +94,7 @@ def _dense(settings: Settings, seed: int, data: DataConfig) -> RunConfig:
             init_std=settings.init_std,
         ),
         optim=OptimConfig(
-            lr=settings.lr,
-            min_lr=settings.lr * settings.final_lr_share,
-            warmup_steps=settings.warmup_steps,
-            schedule=settings.schedule,
-            weight_decay=settings.weight_decay,
+            warmup_steps=settings.warmup_steps, schedule=settings.schedule, weight_decay=settings.weight_decay
         ),
         train=TrainConfig(
             steps=settings.steps,
@@ -126,6 +122,7 @@ def _with_memory(dense: RunConfig, settings: Settings, variant: str, num_subkeys
         qk_norm=settings.qk_norm,
         lr_multiplier=settings.values_lr_multiplier,
         weight_decay=0.0,
+        balance_loss=settings.balance_loss,
         column_tile=settings.hidden_size,
         usage_interval=settings.evaluation_interval,
         check_interval=0,
@@ -141,13 +138,15 @@ def _twice(dense: RunConfig, target: int, vocab_size: int) -> RunConfig:
     return _matched(lambda width: _with_ffn(dense, width), target, vocab_size, Entrant(variant=TWICE))
 
 
-def _experts(dense: RunConfig, target: int, total: int, vocab_size: int, entrant: Entrant) -> RunConfig:
+def _experts(dense: RunConfig, settings: Settings, target: int, total: int, vocab_size: int) -> RunConfig:
     """Experts in all blocks, as many as bring the parameters nearest to a total."""
 
     def with_experts(number: int) -> RunConfig:
-        moe = MoeConfig(num_experts=number, top_k=_EXPERTS_OF_A_TOKEN, ffn_hidden_size=1, aux_loss=_BALANCE_LOSS)
+        moe = MoeConfig(
+            num_experts=number, top_k=_EXPERTS_OF_A_TOKEN, ffn_hidden_size=1, aux_loss=settings.balance_loss
+        )
         run = dataclasses.replace(dense, moe=moe)
-        return _matched(lambda width: _with_experts_of(run, width), target, vocab_size, entrant)
+        return _matched(lambda width: _with_experts_of(run, width), target, vocab_size, Entrant(variant=MOE))
 
     best = with_experts(_EXPERTS_OF_A_TOKEN)
     for number in range(_EXPERTS_OF_A_TOKEN + 1, total):
