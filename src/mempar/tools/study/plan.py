@@ -74,6 +74,7 @@ STUDIES = {
             init_std=0.02,
             lr=3e-3,
             lr_of={},
+            values_lr=3e-2,
             warmup_steps=500,
             memory_layers=(4,),
             memory_plus_layers=(2, 4, 6),

@@ -39,7 +39,7 @@ class Settings:
         top_k: K.
         key_dim: 2Q.
         qk_norm: whether queries and keys are normalised.
-        values_lr_multiplier: how many times the rate of the model's dense parameters its tables' values learn at.
+        values_lr: peak learning rate of tables' values.
         balance_loss: coefficient of the loss that asks for even use, of experts and of tables.
         evaluation_interval: steps between evaluations.
         asked: facts that are asked for at an evaluation before the last, which asks for all.
@@ -62,7 +62,7 @@ class Settings:
     ffn_hidden_size: int = 128
     init_std: float = 0.05
     lr: float = 5e-3
-    lr_of: dict[str, float] = dataclasses.field(default_factory=lambda: {"dense": 1e-2})
+    lr_of: dict[str, float] = dataclasses.field(default_factory=lambda: {"dense": 1e-2, "peer": 1e-2})
     final_lr_share: float = 0.1
     warmup_steps: int = 100
     schedule: str = "cosine"
@@ -73,7 +73,7 @@ class Settings:
     top_k: int = 8
     key_dim: int = 32
     qk_norm: bool = True
-    values_lr_multiplier: float = 10.0
+    values_lr: float = 0.05
     balance_loss: float = 0.01
     evaluation_interval: int = 200
     asked: int = 1000

@@ -120,7 +120,7 @@ def _with_memory(dense: RunConfig, settings: Settings, variant: str, num_subkeys
         top_k=settings.top_k,
         key_dim=settings.key_dim,
         qk_norm=settings.qk_norm,
-        lr_multiplier=settings.values_lr_multiplier,
+        lr=settings.values_lr,
         weight_decay=0.0,
         balance_loss=settings.balance_loss,
         column_tile=settings.hidden_size,
