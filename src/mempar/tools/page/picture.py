@@ -36,11 +36,13 @@ def draw_picture(title: str, plots: Sequence[Plot]) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        size = (WHOLE / PIXELS_PER_INCH, (sum(heights) + 2 * _LINE + _AROUND) / PIXELS_PER_INCH)
+        above = 2 * _LINE + _AROUND
+        size = (WHOLE / PIXELS_PER_INCH, (above + sum(heights)) / PIXELS_PER_INCH)
         figure: Figure = Figure(figsize=size, dpi=PIXELS_PER_INCH * _SCALE, layout="constrained")
-        figure.suptitle(title, fontsize=13.0, fontweight="bold", color=INK)
-        of_rows: Any = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)
-        for of_row, row in zip(of_rows[:, 0], rows, strict=True):
+        # A row of its own: a figure leaves no room for its title where it has subfigures.
+        of_rows: Any = figure.subfigures(1 + len(rows), 1, squeeze=False, height_ratios=[above, *heights])
+        of_rows[0, 0].text(0.5, 0.5, title, ha="center", va="center", fontsize=13.0, fontweight="bold", color=INK)
+        for of_row, row in zip(of_rows[1:, 0], rows, strict=True):
             parts = of_row.subfigures(1, 1 if row[0].wide else 2, squeeze=False)[0]
             for part, plot in zip(parts, row, strict=False):
                 _paint(part, plot)
