@@ -150,6 +150,7 @@ def test_study_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
         (["--variants", "dense,"], "'' is no model of the study"),
         (["--seeds", "0"], "--seeds 0 runs nothing"),
         (["--jobs", "0"], "--jobs 0 runs nothing"),
+        (["--slots", "a,4"], "--slots a,4: these are no numbers"),
         (["--quick", "--size", "full"], "drop one of them"),
         (["--size", "huge"], "--size huge is not known"),
     ],

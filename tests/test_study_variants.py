@@ -83,6 +83,13 @@ def test_study_is_changed_as_asked() -> None:
     assert study.settings.tokens == 7 * study.settings.batch_size * study.settings.seq_length
 
 
+def test_sizes_of_tables_are_given() -> None:
+    study = study_of("full", slots=[4096, 64, 4096])
+    assert study.slots == (64, 4096) and study.matched_slots == 4096
+    held = STUDIES["full"].matched_slots
+    assert study_of("full", slots=[held, 4 * held]).matched_slots == held
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -92,6 +99,7 @@ def test_study_is_changed_as_asked() -> None:
             "'memoryplus' is no model of the study; did you mean memory_plus",
         ),
         ({"size": "full", "variants": ["xyz"]}, "use one of dense, dense_2x"),
+        ({"size": "full", "slots": [4096, 5000]}, "--slots: no table has 5000 slots"),
         ({"size": "full", "num_seeds": 0}, "--seeds 0 runs nothing"),
         ({"size": "full", "given": ["stepz=3"]}, "'stepz' is no setting of the study; did you mean steps"),
         ({"size": "full", "given": ["steps"]}, "'steps' is no setting; write KEY=VALUE"),

@@ -98,5 +98,5 @@ def test_bad_input_of_a_job_is_not_tried_again(slurm: SlurmCluster, tmp_path: Pa
     # What was there when it was submitted is gone when it starts.
     (jobs.run / "config.yaml").unlink()
     assert slurm.wait(jobs.number, "FAILED")["ExitCode"] == "2:0"
-    assert "is no run's directory as seen from node n1" in jobs.output
+    assert "is no run's directory as seen from node n" in jobs.output, jobs.output
     assert "bad input, which no restart mends" in jobs.output

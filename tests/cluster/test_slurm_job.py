@@ -26,6 +26,8 @@ pytestmark = pytest.mark.cluster
 HERE = Path(__file__).parent
 # SLURM looks at time limits once in a while, and needs a moment to start.
 SIGNAL_SECONDS = 46
+# SLURM has done what it is asked, and ends the job, before its answer is there.
+LATE_ANSWER = 'scontrol() { command scontrol "$@" && { [[ $1 != requeue ]] || sleep 2; }; }'
 
 
 class Job:
@@ -39,6 +41,7 @@ class Job:
         profile = LaunchProfile(
             env={"PYTHONPATH": str(HERE), "GIVEN": "a 'b' \"c\" $d"},
             python=sys.executable,
+            setup=(LATE_ANSWER,),
             slurm=SlurmConfig(**settings),
         )
         self.script = self.run_dir / "launch" / "job.sbatch"
@@ -139,7 +142,7 @@ def test_preempted_run_saves_and_goes_on(slurm: SlurmCluster, tmp_path: Path, pa
     assert job.ended("COMPLETED")["Restarts"] == "1"
     slurm.wait(other, "COMPLETED")
     assert (job.run_dir / "checkpoints" / "step_00000000").is_dir()
-    assert said in job.output
+    assert said in job.output, job.output
 
 
 def test_failures_are_queued_again_up_to_the_limit(slurm: SlurmCluster, tmp_path: Path):

@@ -50,6 +50,9 @@ preempted() {
 }
 
 start_again() {
+  # SLURM sends all of the job SIGTERM when it requeues it, maybe before scontrol has its answer; passed on, it could
+  # reach the job's next start.
+  trap '' TERM
   if [[ $requeue == no ]]; then
     say "$1; slurm.requeue is off: go on with --resume"
   elif scontrol requeue "$SLURM_JOB_ID"; then

@@ -31,6 +31,7 @@ class Request:
         size: quick, full or large.
         given: settings as `KEY=VALUE`.
         variants: to take part; all unless given.
+        slots: of Memory+'s tables; the size's unless given.
         num_seeds: of each model; the size's unless given.
         jobs: runs at a time; one a core unless given, and one on a GPU.
         keep_models: whether checkpoints of runs that are done stay.
@@ -40,6 +41,7 @@ class Request:
     size: str
     given: tuple[str, ...] = ()
     variants: tuple[str, ...] = ()
+    slots: tuple[int, ...] = ()
     num_seeds: int | None = None
     jobs: int | None = None
     keep_models: bool = False
@@ -57,7 +59,13 @@ def recall(request: Request, say: Callable[[str], None]) -> list[Result]:
         ConfigError: for bad input, before anything is started.
         MemparError: when runs failed; the others are done.
     """
-    study = study_of(request.size, variants=request.variants, num_seeds=request.num_seeds, given=request.given)
+    study = study_of(
+        request.size,
+        variants=request.variants,
+        slots=request.slots,
+        num_seeds=request.num_seeds,
+        given=request.given,
+    )
     jobs = _jobs(request.jobs)
     _need_packages()
     paths = StudyDir((request.out or Path("runs") / f"recall-{request.size}").resolve())

@@ -28,6 +28,10 @@ def recall(
             metavar="A,B", help="Models: dense, dense_2x, moe, peer, memory, memory_plus.", show_default=False
         ),
     ] = "",
+    slots: Annotated[
+        str,
+        typer.Option(metavar="N,M", help="Tables of memory_plus.  \\[default: the size's]", show_default=False),
+    ] = "",
     seeds: Annotated[
         int | None, typer.Option(help="Of each model.  \\[default: the size's]", show_default=False)
     ] = None,
@@ -50,7 +54,7 @@ def recall(
     from mempar.tools.study import command
 
     if report is not None:
-        if assignments or quick or size or variants or seeds is not None or jobs is not None or keep_models or out:
+        if any((assignments, quick, size, variants, slots, seeds is not None, jobs is not None, keep_models, out)):
             raise ConfigError(f"--report {report} with other options: it runs nothing; give it alone.")
         command.report(report, typer.echo)
         return
@@ -60,9 +64,17 @@ def recall(
         size="quick" if quick else size or "full",
         given=tuple(assignments or ()),
         variants=tuple(name.strip() for name in variants.split(",")) if variants else (),
+        slots=_numbers(slots),
         num_seeds=seeds,
         jobs=jobs,
         keep_models=keep_models,
         out=out,
     )
     command.recall(request, typer.echo)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise ConfigError(f"--slots {text}: these are no numbers; give them with commas, e.g. 1024,16384.") from None

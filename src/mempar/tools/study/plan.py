@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -90,13 +91,20 @@ STUDIES = {
 
 
 def study_of(
-    size: str, *, variants: Sequence[str] = (), num_seeds: int | None = None, given: Sequence[str] = ()
+    size: str,
+    *,
+    variants: Sequence[str] = (),
+    slots: Sequence[int] = (),
+    num_seeds: int | None = None,
+    given: Sequence[str] = (),
 ) -> Study:
     """A study of some size, changed as the user wants it.
 
     Args:
         size: quick, full or large.
         variants: to take part; all of that size unless given.
+        slots: of Memory+'s tables; those of that size unless given. The others are compared at the largest of them,
+            where they do not hold what the size compares at.
         num_seeds: of each model.
         given: settings as `KEY=VALUE`.
 
@@ -109,12 +117,20 @@ def study_of(
     if num_seeds is not None and num_seeds < 1:
         raise ConfigError(f"--seeds {num_seeds} runs nothing; every model needs at least one seed; raise it.")
     check_variants(variants, "--variants")
+    for number in slots:
+        if number < 1 or math.isqrt(number) ** 2 != number:
+            raise ConfigError(
+                f"--slots: no table has {number} slots; product keys make a square of them, such as 1024, 4096 or "
+                "16384; give squares."
+            )
     settings = _with(study.settings, given)
     check_variants(settings.lr_of, "lr_of")
     return dataclasses.replace(
         study,
         settings=settings,
         variants=tuple(name for name in study.variants if not variants or name in variants),
+        slots=tuple(sorted(set(slots))) or study.slots,
+        matched_slots=study.matched_slots if not slots or study.matched_slots in slots else max(slots),
         num_seeds=num_seeds or study.num_seeds,
     )
 
