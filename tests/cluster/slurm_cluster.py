@@ -38,7 +38,7 @@ _PACKAGES = {
     "shellcheck": "shellcheck",
 }
 # What a busy machine may take for anything that is waited for.
-_SETTLE_SECONDS = 40.0
+_SETTLE_SECONDS = 90.0
 _POLL_SECONDS = 0.1
 # Scripts make their ports of the numbers of jobs, so that two clusters on one machine must not count alike. A requeued
 # job waits for the credential of its last start to expire (120 s by default), and 10 s at the least. Nodes in the cloud
