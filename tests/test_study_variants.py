@@ -9,7 +9,7 @@ from mempar.runtime.config import DataConfig, RunConfig
 from mempar.runtime.size import model_size
 from mempar.tools.study.plan import STUDIES, check_variants, study_of
 from mempar.tools.study.settings import Settings
-from mempar.tools.study.variants import TOLERANCE, VARIANTS, Entrant, run_of
+from mempar.tools.study.variants import PARAMS_TOLERANCE, TOLERANCE, VARIANTS, Entrant, run_of
 from study_runs import MICRO
 
 DATA = DataConfig(paths=("none",))
@@ -38,7 +38,7 @@ def test_experts_and_peer_have_the_parameters_of_a_memory(size: str) -> None:
     wanted = params[Entrant(variant="memory_plus", slots=study.matched_slots)]
     for variant in ("moe", "peer", "memory"):
         found = params[Entrant(variant=variant, slots=study.matched_slots)]
-        assert abs(found - wanted) <= 0.05 * wanted, (variant, found / wanted)
+        assert abs(found - wanted) <= PARAMS_TOLERANCE * wanted, (variant, found / wanted)
 
 
 @pytest.mark.parametrize("size", list(STUDIES))
@@ -63,6 +63,22 @@ def test_runs_of_a_study_differ_in_model_and_seed_alone(size: str) -> None:
 def test_flops_that_cannot_be_matched_are_one_message() -> None:
     with pytest.raises(ConfigError, match=r"memory_plus-1048576 takes .* FLOPs a token where .* are wanted"):
         run_of(Entrant(variant="memory_plus", slots=1 << 20), MICRO, 1, DATA, MICRO.vocab_size)
+
+
+def test_experts_that_cannot_have_as_many_parameters_are_one_message() -> None:
+    settings = STUDIES["full"].settings
+    with pytest.raises(ConfigError, match=r"moe takes at best .* parameters where .* are wanted, at equal FLOPs"):
+        run_of(Entrant(variant="moe", slots=16384), settings, 1, DATA, settings.vocab_size)
+
+
+def test_experts_are_found_beyond_a_step_down() -> None:
+    # Widths are whole: 34 experts of this model have fewer parameters than 33, and 90 more.
+    settings = STUDIES["full"].settings
+    totals = [
+        model_size(run_of(Entrant(variant=variant, slots=10000), settings, 1, DATA, 1024), 1024).total_params
+        for variant in ("moe", "memory_plus")
+    ]
+    assert abs(totals[0] - totals[1]) <= PARAMS_TOLERANCE * totals[1], totals
 
 
 def test_full_study_has_what_it_is_to_compare() -> None:

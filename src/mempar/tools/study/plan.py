@@ -59,8 +59,8 @@ class Study:
 
 
 STUDIES = {
-    "quick": Study(settings=Settings(facts=2000, steps=1200), slots=(1024, 16384), matched_slots=16384, num_seeds=1),
-    "full": Study(settings=Settings(facts=4000, steps=2000), slots=(1024, 4096, 16384, 65536), matched_slots=16384),
+    "quick": Study(settings=Settings(facts=2000, steps=2000), slots=(4096, 65536), matched_slots=4096, num_seeds=1),
+    "full": Study(settings=Settings(facts=4000, steps=5000), slots=(1024, 4096, 16384, 65536), matched_slots=4096),
     # Rates and widths are those of larger models as they are usually trained: nobody has tuned them for this.
     "large": Study(
         settings=Settings(
@@ -74,7 +74,6 @@ STUDIES = {
             ffn_hidden_size=688,
             init_std=0.02,
             lr=3e-3,
-            lr_of={},
             values_lr=3e-2,
             warmup_steps=500,
             memory_layers=(4,),

@@ -56,13 +56,13 @@ class Settings:
     batch_size: int = 32
     micro_batch_size: int = 0
     dtype: str = "float32"
-    hidden_size: int = 48
+    hidden_size: int = 24
     num_layers: int = 3
     attention_heads: int = 2
-    ffn_hidden_size: int = 128
+    ffn_hidden_size: int = 64
     init_std: float = 0.05
-    lr: float = 5e-3
-    lr_of: dict[str, float] = dataclasses.field(default_factory=lambda: {"dense": 1e-2, "peer": 1e-2})
+    lr: float = 1e-2
+    lr_of: dict[str, float] = dataclasses.field(default_factory=dict)
     final_lr_share: float = 0.1
     warmup_steps: int = 100
     schedule: str = "cosine"
@@ -71,11 +71,11 @@ class Settings:
     memory_plus_layers: tuple[int, ...] = (1,)
     memory_heads: int = 2
     top_k: int = 8
-    key_dim: int = 32
+    key_dim: int = 16
     qk_norm: bool = True
     values_lr: float = 0.05
     balance_loss: float = 0.01
-    evaluation_interval: int = 200
+    evaluation_interval: int = 250
     asked: int = 1000
 
     def __post_init__(self) -> None:

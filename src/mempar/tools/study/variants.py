@@ -28,6 +28,8 @@ DENSE, TWICE, MOE, PEER, MEMORY, MEMORY_PLUS = VARIANTS = (
 WITHOUT_SLOTS = (DENSE, TWICE)
 # FLOPs a token may differ by so much from what they are matched to.
 TOLERANCE = 0.02
+# And parameters of experts.
+PARAMS_TOLERANCE = 0.05
 _EXPERTS_OF_A_TOKEN = 2
 
 
@@ -139,7 +141,11 @@ def _twice(dense: RunConfig, target: int, vocab_size: int) -> RunConfig:
 
 
 def _experts(dense: RunConfig, settings: Settings, target: int, total: int, vocab_size: int) -> RunConfig:
-    """Experts in all blocks, as many as bring the parameters nearest to a total."""
+    """Experts in all blocks, as many as bring the parameters nearest to a total.
+
+    Raises:
+        ConfigError: when they do not come near.
+    """
 
     def with_experts(number: int) -> RunConfig:
         moe = MoeConfig(
@@ -150,10 +156,20 @@ def _experts(dense: RunConfig, settings: Settings, target: int, total: int, voca
 
     best = with_experts(_EXPERTS_OF_A_TOKEN)
     for number in range(_EXPERTS_OF_A_TOKEN + 1, total):
-        found = with_experts(number)
-        if abs(_params(found, vocab_size) - total) > abs(_params(best, vocab_size) - total):
+        try:
+            found = with_experts(number)
+        except ConfigError:
+            # The router alone takes more FLOPs than there are.
             break
-        best = found
+        best = min(best, found, key=lambda run: abs(_params(run, vocab_size) - total))
+        # Not where they first fall: whole widths make steps down on the way up.
+        if _params(found, vocab_size) >= total:
+            break
+    if abs(_params(best, vocab_size) - total) > PARAMS_TOLERANCE * total:
+        raise ConfigError(
+            f"moe takes at best {_params(best, vocab_size):,} parameters where {total:,} are wanted, at equal FLOPs: "
+            "routers of more experts cost more than the experts then may; use fewer slots, or a wider dense model."
+        )
     return best
 
 
