@@ -12,11 +12,12 @@ import pytest
 
 from command_line import mempar, refusal
 from mempar.errors import ConfigError
+from mempar.tools.study.comparison import Results, mean_of
 from mempar.tools.study.directory import StudyDir
 from mempar.tools.study.page.document import models_table, render_page, write_page
 from mempar.tools.study.page.plots import all_plots
-from mempar.tools.study.results import Results, gather_results, in_order, load_results, mean_of, result_of, save_results
-from mempar.tools.study.summary import summarise, title
+from mempar.tools.study.results import Result, gather_results, in_order, load_results, result_of, save_results
+from mempar.tools.study.summary import short, summarise, title
 from mempar.tools.study.variants import Entrant
 from page_reader import HOSTILE, read_page
 from study_runs import MICRO, made_up_result, made_up_results
@@ -56,6 +57,9 @@ def test_results_come_back_as_they_were_one_object_a_run(tmp_path: Path) -> None
         ({"accuracy": "high"}, "TypeError"),
         ({"loss": math.inf}, "finite"),
         ({"steps": -1}, "whole numbers"),
+        ({"params": 10**400}, "whole numbers"),
+        ({"flops_per_token": 0}, "at least 1"),
+        ({"loss": 10**400}, "OverflowError"),
         ({"by_kind": None}, "AttributeError|TypeError|no result"),
         ({"curve": [{"step": 1}]}, "accuracy"),
         ({"seconds": None}, "TypeError"),
@@ -69,6 +73,28 @@ def test_results_that_cannot_be_are_one_message(change: dict[str, Any], message:
     row = dataclasses.asdict(made_up_result("dense", 0, 1, 0.5)) | change
     with pytest.raises(ConfigError, match=message):
         result_of(row, Path("here"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "dense with seed 1 is there twice"),
+        ({"seed": 2, "steps": 400}, "dense with seed 2 has 400 steps where dense has 300"),
+        ({"seed": 2, "params": 1}, "dense with seed 2 is built otherwise than with seed 1"),
+    ],
+)
+def test_runs_that_are_not_of_one_study_are_not_joined(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    one = made_up_result("dense", 0, 1, 0.5)
+    path = tmp_path / "results.json"
+    save_results(path, [one, dataclasses.replace(one, **change)])
+    with pytest.raises(ConfigError, match=message):
+        load_results(path)
+
+
+def test_results_of_before_skipped_steps_were_counted_are_read() -> None:
+    row = dataclasses.asdict(made_up_result("dense", 0, 1, 0.5))
+    del row["skipped"]
+    assert result_of(row, Path("here")).skipped == 0
 
 
 def test_files_that_are_no_results_are_one_message(tmp_path: Path) -> None:
@@ -93,6 +119,13 @@ def test_means_and_intervals_are_those_of_the_books() -> None:
     assert by is not None and by.count == 3 and by.value == pytest.approx(0.3)
     # 4.303 times .1 by the root of 3.
     assert by.margin == pytest.approx(0.2484, abs=1e-4) and by.is_clear
+    # 12 seeds: 2.201 times the deviation of 1 to 12 by the root of 12.
+    many = Results(
+        [made_up_result("dense", 0, seed, 0.4) for seed in range(1, 13)]
+        + [made_up_result("moe", 16, seed, 0.4 + 0.01 * seed) for seed in range(1, 13)]
+    )
+    by = many.difference(Entrant(variant="moe", slots=16), DENSE, lambda run: run.accuracy)
+    assert by is not None and by.margin == pytest.approx(2.20099 * 0.0360555 / 12**0.5, rel=1e-4)
     single = Results([made_up_result("dense", 0, 1, 0.4), made_up_result("moe", 16, 1, 0.6)])
     alone = single.difference(Entrant(variant="moe", slots=16), DENSE, lambda run: run.accuracy)
     assert alone is not None and not alone.is_clear
@@ -131,11 +164,34 @@ def test_paragraph_does_not_claim_what_chance_may_have_done() -> None:
     )
     assert "20.0 points fewer" in worse
     even = [made_up_result("dense", 0, 1, 0.4), made_up_result("memory_plus", 4096, 1, 0.4)]
-    assert "40.0%, as many." in summarise(even)
+    assert "40.0%, as many (one seed)." in summarise(even)
     some = [result for result in made_up_results() if result.variant == "dense" or result.seed == 1]
     assert "(means of 1 to 3 seeds, ± their standard deviation)" in summarise(some)
+    assert "20.0 points more (one seed)" in summarise(some) and "One seed does not tell" in summarise(some)
     assert "One seed does not tell" in summarise(made_up_results(1)) and "95%" not in summarise(made_up_results(1))
     assert summarise([made_up_result("moe", 4096, 1, 0.5)]).count("MoE 50.0%") == 1
+
+
+def test_paragraph_compares_the_largest_table_with_the_most_seeds() -> None:
+    # Not the best: that of several would be ahead by chance.
+    results = [made_up_result(*of, 0.5 + 0.01 * seed) for of in (("dense", 0, 1), ("dense", 0, 2)) for seed in of[2:]]
+    for slots, recalled, seeds in ((1024, 0.8, (1, 2)), (4096, 0.6, (1, 2)), (16384, 0.9, (1,))):
+        results += [made_up_result("memory_plus", slots, seed, recalled) for seed in seeds]
+    text = summarise(results)
+    assert "Memory+ with 4,096 slots recalls 60.0%" in text and "Memory+ with 1,024 slots recalls" not in text
+    assert Results(results).best_of("memory_plus") == Entrant(variant="memory_plus", slots=1024)
+    assert Results(results).best_of("moe") is None is Results(results).largest_of("moe")
+
+
+def test_paragraph_says_what_is_not_as_large_and_what_was_skipped() -> None:
+    def changed(result: Result) -> Result:
+        of_moe = {"params": result.params // 2} if result.variant == "moe" else {}
+        return dataclasses.replace(result, **of_moe, skipped=2 if result.variant == "dense" else 0)
+
+    text = summarise([changed(result) for result in made_up_results()])
+    assert "experts recall" not in text and "PEER recalls" in text
+    assert "6 steps of 3 runs changed nothing: gradients were not finite." in text
+    assert "changed nothing" not in summarise(made_up_results())
 
 
 def test_page_stands_alone_and_shows_all(tmp_path: Path) -> None:
@@ -236,4 +292,9 @@ def test_directory_in_which_nothing_was_run_takes_other_settings(tmp_path: Path)
 
 
 def test_models_have_names() -> None:
-    assert title(PLUS) == "Memory+, 16,384 slots" and title(Entrant(variant="peer", slots=4)) == "PEER"
+    results = made_up_results(1)
+    assert title(PLUS, Results(results)) == "Memory+, 16,384 slots"
+    peer = Entrant(variant="peer", slots=16384)
+    assert title(peer, Results(results)) == short("peer") == "PEER"
+    more = [*results, made_up_result("peer", 4, 1, 0.5)]
+    assert title(peer, Results(more)) == "PEER, as 16,384 slots"

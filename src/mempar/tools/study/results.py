@@ -1,11 +1,9 @@
-"""What runs come to: one object a run in results.json, checked when it is read, and joined over seeds."""
+"""What runs come to: one object a run in results.json, checked when it is read."""
 
 import dataclasses
 import json
 import math
-import statistics
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,8 @@ from mempar.runtime.durable import replace_file
 from mempar.tools.study.directory import read_json
 from mempar.tools.study.variants import VARIANTS, Entrant
 
-# Two-sided 95% quantiles of Student's t by degrees of freedom; the normal one beyond.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_T95_MANY = 1.96
+# Counts beyond it are no counts.
+_MOST = 1 << 63
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +75,7 @@ class Result:
         flops_per_token: of training.
         steps: done.
         tokens: seen.
+        skipped: steps that changed nothing, because gradients were not finite.
         accuracy: share of all facts that are recalled at the end.
         loss: of training, mean over the last interval.
         answer_loss: nats a token of the answers.
@@ -99,6 +97,7 @@ class Result:
     flops_per_token: int
     steps: int
     tokens: int
+    skipped: int = 0
     accuracy: float
     loss: float
     answer_loss: float
@@ -121,22 +120,22 @@ def gather_results(runs: Path) -> list[Result]:
     """Read what runs have left behind, in the order of models and seeds.
 
     Raises:
-        ConfigError: for a file that is none of a study's.
+        ConfigError: for a file that is none of a study's, or for runs that are not of one study.
     """
     found = [result_of(read_json(path), path) for path in sorted(runs.glob("*/result.json"))]
-    return in_order(found)
+    return _of_one_study(found, runs)
 
 
 def load_results(path: Path) -> list[Result]:
     """Read results.json.
 
     Raises:
-        ConfigError: when it is not there, or not a study's.
+        ConfigError: when it is not there, not a study's, or of several.
     """
     found = read_json(path)
     if not isinstance(found, list) or not found:
         raise ConfigError(f"{path} holds no list of runs; results of a study are one; name a study with results.")
-    return in_order([result_of(each, path) for each in found])
+    return _of_one_study([result_of(each, path) for each in found], path)
 
 
 def save_results(path: Path, results: Sequence[Result]) -> None:
@@ -165,12 +164,36 @@ def result_of(found: Any, path: Path) -> Result:
         parts["curve"] = [Point(**_known(Point, point)) for point in found["curve"]]
         result = Result(**_known(Result, found) | parts)
         _check(result)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path} holds what is no result of a study ({type(error).__name__}: {error}); a run writes it whole; "
             "restore or delete it."
         ) from None
     return result
+
+
+def _of_one_study(results: Sequence[Result], where: Path) -> list[Result]:
+    """Put runs in order that may be compared: of equal length, and of each model one a seed, built alike."""
+    seen: dict[tuple[Entrant, int], Result] = {}
+    first: dict[Entrant, Result] = {}
+    for result in results:
+        named, alike = f"{result.entrant} with seed {result.seed}", first.setdefault(result.entrant, result)
+        if seen.setdefault((result.entrant, result.seed), result) is not result:
+            found = "is there twice"
+        elif (result.steps, result.tokens) != (results[0].steps, results[0].tokens):
+            found = f"has {result.steps:,} steps where {results[0].entrant} has {results[0].steps:,}"
+        elif (result.params, result.flops_per_token, result.model) != (
+            alike.params,
+            alike.flops_per_token,
+            alike.model,
+        ):
+            found = f"is built otherwise than with seed {alike.seed}"
+        else:
+            continue
+        raise ConfigError(
+            f"{where}: {named} {found}; runs of a study train for as long, and count once; take out what is of another."
+        )
+    return in_order(results)
 
 
 def _known(kind: Any, found: Any) -> dict[str, Any]:
@@ -183,10 +206,12 @@ def _check(result: Result) -> None:
         raise ValueError(f"variant {result.variant!r} is not known")
     model = result.model
     counts = [result.slots, result.seed, result.params, result.table_params, result.flops_per_token, result.steps]
-    counts += [result.tokens, *(point.step for point in result.curve)]
+    counts += [result.tokens, result.skipped, *(point.step for point in result.curve)]
     counts += [model.ffn_hidden_size, model.experts, model.experts_of_a_token, model.tables, model.table_slots]
-    if any(type(count) is not int or count < 0 for count in (*counts, *model.memory_layers)):
+    if any(type(count) is not int or not 0 <= count < _MOST for count in (*counts, *model.memory_layers)):
         raise ValueError("counts are whole numbers from 0")
+    if not result.params or not result.flops_per_token or not result.steps:
+        raise ValueError("parameters, FLOPs and steps are at least 1")
     shares = [result.accuracy, *result.by_kind.values(), *(point.accuracy for point in result.curve)]
     shares += [share for share in (result.coverage, result.coverage_ever) if share is not None]
     if any(not 0 <= share <= 1 for share in shares):
@@ -198,87 +223,3 @@ def _check(result: Result) -> None:
         raise ValueError("losses, seconds and rates are finite and not negative")
     if type(result.device) is not str:
         raise ValueError("a device has a name")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Mean:
-    """A mean over seeds.
-
-    Attributes:
-        value: the mean.
-        deviation: standard deviation of a seed; 0 with one.
-        count: seeds.
-    """
-
-    value: float
-    deviation: float
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.deviation:.3f}" if self.count > 1 else f"{self.value:.3f}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Difference:
-    """How much higher one model's figure is than another's, with the same seeds.
-
-    Attributes:
-        value: mean of the differences by seed.
-        margin: half of its 95% interval, by Student's t; infinite with one seed.
-        count: seeds.
-    """
-
-    value: float
-    margin: float
-    count: int
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return abs(self.value) > self.margin
-
-
-class Results:
-    """The results of a study, by model."""
-
-    def __init__(self, results: Sequence[Result]) -> None:
-        self.all = in_order(results)
-        self._of: defaultdict[Entrant, list[Result]] = defaultdict(list)
-        for result in self.all:
-            self._of[result.entrant].append(result)
-
-    @property
-    def entrants(self) -> list[Entrant]:
-        """Models that have results, in order."""
-        return list(self._of)
-
-    def of_variant(self, variant: str) -> list[Entrant]:
-        """Its models that have results, small tables first."""
-        return [entrant for entrant in self._of if entrant.variant == variant]
-
-    def runs(self, entrant: Entrant) -> list[Result]:
-        """Results of a model, one a seed."""
-        return self._of.get(entrant, [])
-
-    def mean(self, entrant: Entrant, figure: Callable[[Result], float]) -> Mean:
-        """Join a figure of a model's runs, of which there are some."""
-        return mean_of([figure(result) for result in self.runs(entrant)])
-
-    def difference(self, one: Entrant, other: Entrant, figure: Callable[[Result], float]) -> Difference | None:
-        """Compare a figure of two models over the seeds that both have; None where there are none."""
-        others = {result.seed: figure(result) for result in self.runs(other)}
-        found = [figure(result) - others[result.seed] for result in self.runs(one) if result.seed in others]
-        if not found:
-            return None
-        mean = mean_of(found)
-        margin = math.inf
-        if mean.count > 1:
-            quantile = _T95[mean.count - 2] if mean.count - 2 < len(_T95) else _T95_MANY
-            margin = quantile * mean.deviation / math.sqrt(mean.count)
-        return Difference(value=mean.value, margin=margin, count=mean.count)
-
-
-def mean_of(numbers: Sequence[float]) -> Mean:
-    """Mean and standard deviation of at least one number."""
-    deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-    return Mean(value=statistics.fmean(numbers), deviation=deviation, count=len(numbers))

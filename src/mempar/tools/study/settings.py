@@ -1,4 +1,4 @@
-"""What a study consists of: facts, models, training, how often is asked; quick, full and large."""
+"""What a study consists of: facts, models, training, how often is asked."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -1,13 +1,15 @@
 """What the results show, in one paragraph: who recalls more, by how much, and where memory does not help.
 
 Differences are taken seed by seed; one is called clear when its 95% interval by Student's t leaves out 0, and is said
-to be none otherwise. With one seed nothing is clear, and the paragraph says so.
+to be none otherwise. With one seed nothing is clear, and the paragraph says so. Memory+ is compared with its largest
+table, which is known beforehand: the best of several would look better than it is.
 """
 
 from collections.abc import Callable, Sequence
 
-from mempar.tools.study.results import Difference, Result, Results
-from mempar.tools.study.variants import DENSE, MEMORY, MEMORY_PLUS, MOE, PEER, TWICE, Entrant
+from mempar.tools.study.comparison import Difference, Results, accuracy_of
+from mempar.tools.study.results import Result
+from mempar.tools.study.variants import DENSE, MEMORY, MEMORY_PLUS, MOE, PARAMS_TOLERANCE, PEER, TWICE, Entrant
 
 _NAMES = {
     DENSE: "the dense model",
@@ -35,41 +37,51 @@ def summarise(results: Sequence[Result]) -> str:
     """
     found = Results(results)
     seeds = sorted({len(found.runs(entrant)) for entrant in found.entrants})
-    last = found.all[0]
+    one = found.all[0]
     said = [
-        f"After {last.steps:,} steps ({_tokens(last.tokens)} tokens), asked in a wording that a fact was never told "
+        f"After {one.steps:,} steps ({_tokens(one.tokens)} tokens), asked in a wording that a fact was never told "
         f"in{_of_seeds(seeds)}:"
     ]
     dense = Entrant(variant=DENSE)
-    plus = found.of_variant(MEMORY_PLUS)
+    plus = found.largest_of(MEMORY_PLUS)
     if dense in found.entrants and plus:
-        said += _against_dense(found, dense, max(plus, key=lambda each: found.mean(each, _accuracy).value))
+        said += _against_dense(found, dense, plus)
     said += _with_equal_parameters(found)
     said += _by_size(found)
     said += _limits(found, dense)
     if len(said) == 1:
-        said.append("; ".join(f"{title(entrant)} {_share(found, entrant)}" for entrant in found.entrants) + ".")
-    if seeds[-1] == 1:
+        said.append("; ".join(f"{title(entrant, found)} {_share(found, entrant)}" for entrant in found.entrants) + ".")
+    if seeds[0] == 1:
         said.append("One seed does not tell a difference from chance.")
+    if skipped := [run.skipped for run in found.all if run.skipped]:
+        said.append(f"{sum(skipped):,} steps of {len(skipped)} runs changed nothing: gradients were not finite.")
     return " ".join(said)
 
 
-def title(entrant: Entrant) -> str:
-    """A model as plots and tables name it."""
-    slots = f", {entrant.slots:,} slots" if entrant.variant in (MEMORY, MEMORY_PLUS) else ""
-    return f"{_SHORT[entrant.variant]}{slots}"
+def title(entrant: Entrant, found: Results) -> str:
+    """A model as plots and tables name it, among others."""
+    if entrant.variant in (MEMORY, MEMORY_PLUS):
+        return f"{short(entrant.variant)}, {entrant.slots:,} slots"
+    if len(found.of_variant(entrant.variant)) > 1:
+        return f"{short(entrant.variant)}, as {entrant.slots:,} slots"
+    return short(entrant.variant)
 
 
-def _against_dense(found: Results, dense: Entrant, best: Entrant) -> list[str]:
+def short(variant: str) -> str:
+    """A variant as plots and tables name it."""
+    return _SHORT[variant]
+
+
+def _against_dense(found: Results, dense: Entrant, plus: Entrant) -> list[str]:
     said = [
-        f"{_name(best)} recalls {_share(found, best)} of the facts and {_NAMES[DENSE]} of as many FLOPs a token "
-        f"{_share(found, dense)}, {_phrase(found.difference(best, dense, _accuracy))}."
+        f"{_name(plus)} recalls {_share(found, plus)} of the facts and {_NAMES[DENSE]} of as many FLOPs a token "
+        f"{_share(found, dense)}, {_phrase(found.difference(plus, dense, accuracy_of))}."
     ]
     twice = Entrant(variant=TWICE)
     if twice in found.entrants:
         said.append(
-            f"{_capital(_NAMES[TWICE])} recalls {_share(found, twice)}: against it {_name(best)} has "
-            f"{_phrase(found.difference(best, twice, _accuracy))}."
+            f"{_capital(_NAMES[TWICE])} recalls {_share(found, twice)}: against it {_name(plus)} has "
+            f"{_phrase(found.difference(plus, twice, accuracy_of))}."
         )
     return said
 
@@ -80,13 +92,18 @@ def _with_equal_parameters(found: Results) -> list[str]:
     for variant in (MOE, PEER):
         for entrant in found.of_variant(variant):
             plus = Entrant(variant=MEMORY_PLUS, slots=entrant.slots)
-            if plus in found.entrants:
+            if plus in found.entrants and _are_as_large(found, entrant, plus):
                 said.append(
                     f"With as many parameters {_NAMES[variant]} recall{'s' if variant == PEER else ''} "
                     f"{_share(found, entrant)} and {_name(plus)} {_share(found, plus)}, "
-                    f"{_phrase(found.difference(plus, entrant, _accuracy))}."
+                    f"{_phrase(found.difference(plus, entrant, accuracy_of))}."
                 )
     return said
+
+
+def _are_as_large(found: Results, one: Entrant, other: Entrant) -> bool:
+    params, wanted = (found.runs(each)[0].params for each in (one, other))
+    return abs(params - wanted) <= PARAMS_TOLERANCE * wanted
 
 
 def _by_size(found: Results) -> list[str]:
@@ -97,7 +114,7 @@ def _by_size(found: Results) -> list[str]:
             small, large = tables[0], tables[-1]
             said.append(
                 f"From {small.slots:,} to {large.slots:,} slots {_NAMES[variant]} goes from {_share(found, small)} to "
-                f"{_share(found, large)}, {_phrase(found.difference(large, small, _accuracy))}."
+                f"{_share(found, large)}, {_phrase(found.difference(large, small, accuracy_of))}."
             )
     return said
 
@@ -108,31 +125,30 @@ def _limits(found: Results, dense: Entrant) -> list[str]:
         return []
     said = []
     tables = [*found.of_variant(MEMORY), *found.of_variant(MEMORY_PLUS)]
-    compared = {each: found.difference(each, dense, _accuracy) for each in tables}
+    compared = {each: found.difference(each, dense, accuracy_of) for each in tables}
     without = [each for each, by in compared.items() if by is not None and by.count > 1 and by.value <= by.margin]
     if without:
         said.append(f"Not clearly above {_NAMES[DENSE]}: {_listed([_name(each) for each in without])}.")
-    if plus := found.of_variant(MEMORY_PLUS):
-        best = max(plus, key=lambda each: found.mean(each, _accuracy).value)
-        said += _kinds_without(found, dense, best)
-        said += _time_taken(found, dense, best)
+    if plus := found.largest_of(MEMORY_PLUS):
+        said += _kinds_without(found, dense, plus)
+        said += _time_taken(found, dense, plus)
     return said
 
 
-def _time_taken(found: Results, dense: Entrant, best: Entrant) -> list[str]:
+def _time_taken(found: Results, dense: Entrant, plus: Entrant) -> list[str]:
     """How much longer a model took; on a CPU by processor time, which runs side by side do not make longer."""
-    on_cpu = all(run.device == "cpu" for each in (best, dense) for run in found.runs(each))
-    seconds = [found.mean(each, lambda run: run.cpu_seconds if on_cpu else run.seconds).value for each in (best, dense)]
+    on_cpu = all(run.device == "cpu" for each in (plus, dense) for run in found.runs(each))
+    seconds = [found.mean(each, lambda run: run.cpu_seconds if on_cpu else run.seconds).value for each in (plus, dense)]
     if not all(seconds):
         return []
     what = "the processor time of" if on_cpu else "as long as"
-    return [f"{_name(best)} took {seconds[0] / seconds[1]:.1f} times {what} {_NAMES[DENSE]} here."]
+    return [f"{_name(plus)} took {seconds[0] / seconds[1]:.1f} times {what} {_NAMES[DENSE]} here."]
 
 
-def _kinds_without(found: Results, dense: Entrant, best: Entrant) -> list[str]:
+def _kinds_without(found: Results, dense: Entrant, plus: Entrant) -> list[str]:
     """Kinds of facts of which a model does not clearly recall more."""
-    kinds = found.runs(best)[0].by_kind
-    compared = {kind: found.difference(best, dense, _of_kind(kind)) for kind in kinds}
+    kinds = found.runs(plus)[0].by_kind
+    compared = {kind: found.difference(plus, dense, _of_kind(kind)) for kind in kinds}
     without = [kind for kind, by in compared.items() if by is not None and by.count > 1 and by.value <= by.margin]
     if not without:
         return []
@@ -143,12 +159,8 @@ def _of_kind(kind: str) -> Callable[[Result], float]:
     return lambda result: result.by_kind.get(kind, 0.0)
 
 
-def _accuracy(result: Result) -> float:
-    return result.accuracy
-
-
 def _share(found: Results, entrant: Entrant) -> str:
-    mean = found.mean(entrant, _accuracy)
+    mean = found.recall(entrant)
     return f"{mean.value:.1%}" + (f" (±{100 * mean.deviation:.1f})" if mean.count > 1 else "")
 
 
@@ -160,7 +172,7 @@ def _phrase(by: Difference | None) -> str:
     if points.startswith("0.0 "):
         points = "as many"
     if by.count == 1:
-        return points
+        return f"{points} (one seed)"
     interval = f"95% interval {100 * (by.value - by.margin):+.1f} to {100 * (by.value + by.margin):+.1f}"
     return f"{points} ({interval})" if by.is_clear else f"no clear difference ({points}, {interval})"
 

@@ -11,9 +11,10 @@ from mempar.tools.page.document import render_document
 from mempar.tools.page.picture import draw_picture
 from mempar.tools.page.svg import need_matplotlib
 from mempar.tools.page.tables import data_table, pairs_table, tiles
+from mempar.tools.study.comparison import Results
 from mempar.tools.study.directory import StudyDir, read_json
-from mempar.tools.study.page.plots import all_plots
-from mempar.tools.study.results import Result, Results
+from mempar.tools.study.page.plots import all_plots, one_of_each
+from mempar.tools.study.results import Result
 from mempar.tools.study.summary import summarise, title
 from mempar.tools.study.variants import DENSE, Entrant
 
@@ -103,8 +104,8 @@ def results_table(found: Results) -> str:
     """A row for each model: what its runs came to."""
     rows = [
         (
-            title(entrant),
-            str(found.mean(entrant, lambda run: run.accuracy)),
+            title(entrant, found),
+            str(found.recall(entrant)),
             str(found.mean(entrant, lambda run: run.answer_loss)),
             str(found.mean(entrant, lambda run: run.loss)),
             _share(found, entrant, lambda run: run.coverage),
@@ -126,7 +127,7 @@ def models_table(found: Results) -> str:
         one, model = found.runs(entrant)[0], found.runs(entrant)[0].model
         rows.append(
             (
-                title(entrant),
+                title(entrant, found),
                 f"{one.params:,}",
                 f"{one.table_params:,}" if one.table_params else _NONE,
                 f"{one.flops_per_token / 1e6:.3f}",
@@ -149,23 +150,7 @@ def _share(found: Results, entrant: Entrant, figure: Callable[[Result], float | 
 
 
 def _tiles(found: Results) -> str:
-    return tiles(
-        [(f"{found.mean(entrant, lambda run: run.accuracy).value:.1%}", title(entrant)) for entrant in _best(found)]
-    )
-
-
-def _best(found: Results) -> list[Entrant]:
-    """Of every variant the model that recalls most."""
-    best: dict[str, Entrant] = {}
-    for entrant in found.entrants:
-        so_far = best.get(entrant.variant)
-        if so_far is None or _accuracy(found, entrant) > _accuracy(found, so_far):
-            best[entrant.variant] = entrant
-    return list(best.values())
-
-
-def _accuracy(found: Results, entrant: Entrant) -> float:
-    return found.mean(entrant, lambda run: run.accuracy).value
+    return tiles([(f"{found.recall(entrant).value:.1%}", title(entrant, found)) for entrant in one_of_each(found)])
 
 
 def _section(name: str, note: str, content: str) -> str:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from mempar.tools.page.axes import SERIES, legend_above, name_rows
 from mempar.tools.page.plot import Plot
 from mempar.tools.page.svg import INK, MUTED
-from mempar.tools.study.results import Mean, Point, Result, Results, mean_of
-from mempar.tools.study.summary import title
+from mempar.tools.study.comparison import Mean, Results, mean_of
+from mempar.tools.study.results import Point
+from mempar.tools.study.summary import short, title
 from mempar.tools.study.variants import DENSE, MEMORY, MEMORY_PLUS, MOE, PEER, TOLERANCE, TWICE, Entrant
 
 if TYPE_CHECKING:
@@ -43,24 +44,24 @@ def accuracy_by_slots(found: Results) -> Plot:
     def paint(axes: "Axes") -> None:
         for variant in (MEMORY_PLUS, MEMORY):
             sizes = found.of_variant(variant)
-            _series(axes, [each.slots for each in sizes], [_accuracy(found, each) for each in sizes], variant)
+            _series(axes, [each.slots for each in sizes], [found.recall(each) for each in sizes], variant)
         for variant in (PEER, MOE):
             matched = found.of_variant(variant)
-            _series(axes, [each.slots for each in matched], [_accuracy(found, each) for each in matched], variant)
+            _series(axes, [each.slots for each in matched], [found.recall(each) for each in matched], variant)
         for variant in (DENSE, TWICE):
             for entrant in found.of_variant(variant):
-                _level(axes, _accuracy(found, entrant), variant)
+                _level(axes, found.recall(entrant), variant)
         _slots_axis(axes, tables)
         axes.set_ylabel("facts recalled")
         axes.set_ylim(bottom=0)
         legend_above(axes, 3, narrow=True)
 
-    best = max(tables, key=lambda each: _accuracy(found, each).value)
+    best = max(tables, key=lambda each: found.recall(each).value)
     dense = found.of_variant(DENSE)
-    beside = f", dense {_accuracy(found, dense[0]).value:.0%}" if dense else ""
+    beside = f", dense {found.recall(dense[0]).value:.0%}" if dense else ""
     return Plot(
         name=name,
-        title=f"Recall by size of the table: up to {_accuracy(found, best).value:.0%} ({title(best)}){beside}",
+        title=f"Recall by size of the table: up to {found.recall(best).value:.0%} ({title(best, found)}){beside}",
         note=f"FLOPs a token are equal to {TOLERANCE:.0%}, but for dense 2x. PEER and MoE stand where a Memory+ has "
         "their parameters.",
         paint=paint,
@@ -77,7 +78,7 @@ def accuracy_by_params(found: Results) -> Plot:
             _series(
                 axes,
                 [found.runs(each)[0].params for each in models],
-                [_accuracy(found, each) for each in models],
+                [found.recall(each) for each in models],
                 variant,
             )
         _params_axis(axes, [found.runs(each)[0].params for each in found.entrants])
@@ -85,11 +86,11 @@ def accuracy_by_params(found: Results) -> Plot:
         axes.set_ylim(bottom=0)
         legend_above(axes, 3, narrow=True)
 
-    best = max(found.entrants, key=lambda each: _accuracy(found, each).value)
+    best = max(found.entrants, key=lambda each: found.recall(each).value)
     return Plot(
         name="accuracy-by-params",
-        title=f"Recall by parameters: up to {_accuracy(found, best).value:.0%} with "
-        f"{found.runs(best)[0].params / 1e6:.2f}M ({title(best)})",
+        title=f"Recall by parameters: up to {found.recall(best).value:.0%} with "
+        f"{found.runs(best)[0].params / 1e6:.2f}M ({title(best, found)})",
         note="Parameters of tables, and of experts that a token is not sent to, cost no FLOPs.",
         paint=paint,
         height=_HEIGHT,
@@ -98,14 +99,14 @@ def accuracy_by_params(found: Results) -> Plot:
 
 def accuracy_by_compute(found: Results) -> Plot:
     """Draw recall against the FLOPs that training has taken so far."""
-    chosen = _one_of_each(found)
+    chosen = one_of_each(found)
 
     def paint(axes: "Axes") -> None:
         for entrant in chosen:
             one = found.runs(entrant)[0]
-            cost = one.flops_per_token * one.tokens / max(1, one.steps) / 1e12
+            cost = one.flops_per_token * one.tokens / one.steps / 1e12
             steps, means = _curve(found, entrant, _accuracy_of_point)
-            _band(axes, [step * cost for step in steps], means, entrant)
+            _band(axes, [step * cost for step in steps], means, entrant.variant, title(entrant, found))
         axes.set_xlabel("training TFLOP")
         axes.set_ylabel("facts recalled")
         axes.set_ylim(bottom=0)
@@ -139,7 +140,7 @@ def coverage_by_slots(found: Results) -> Plot:
     least = min(tables, key=lambda each: _covered(found, each).value)
     return Plot(
         name=name,
-        title=f"Coverage: {_covered(found, least).value:.0%} or more of the slots are read ({title(least)})",
+        title=f"Coverage: {_covered(found, least).value:.0%} or more of the slots are read ({title(least, found)})",
         note="Shares of the slots that were read since the evaluation before the last one.",
         paint=paint,
         height=_HEIGHT,
@@ -148,7 +149,7 @@ def coverage_by_slots(found: Results) -> Plot:
 
 def accuracy_by_kind(found: Results) -> Plot:
     """Draw recall of each kind of facts."""
-    chosen = _one_of_each(found)
+    chosen = one_of_each(found)
     kinds = list(dict.fromkeys(kind for result in found.all for kind in result.by_kind))
 
     def paint(axes: "Axes") -> None:
@@ -163,7 +164,7 @@ def accuracy_by_kind(found: Results) -> Plot:
                 fmt=marker,
                 markersize=5.5,
                 color=colour,
-                label=title(entrant),
+                label=title(entrant, found),
             )
         name_rows(axes, kinds, "facts recalled")
         axes.set_xlim(-0.02, 1.02)
@@ -182,12 +183,12 @@ def accuracy_by_kind(found: Results) -> Plot:
 def _by_steps(
     found: Results, name: str, quantity: str, figure: Callable[[Point], float], heading: Callable[[Results], str]
 ) -> Plot:
-    chosen = _one_of_each(found)
+    chosen = one_of_each(found)
 
     def paint(axes: "Axes") -> None:
         for entrant in chosen:
             steps, means = _curve(found, entrant, figure)
-            _band(axes, steps, means, entrant)
+            _band(axes, steps, means, entrant.variant, title(entrant, found))
         axes.set_xlabel("training steps")
         axes.set_ylabel(quantity)
         axes.set_ylim(bottom=0)
@@ -202,11 +203,9 @@ def _by_steps(
     )
 
 
-def _one_of_each(found: Results) -> list[Entrant]:
-    """Of every variant the model that recalls most."""
-    return [
-        max(found.of_variant(variant), key=lambda each: _accuracy(found, each).value) for variant in _variants(found)
-    ]
+def one_of_each(found: Results) -> list[Entrant]:
+    """Of every variant the model that recalls most, of those with the most seeds."""
+    return [best for variant in _variants(found) if (best := found.best_of(variant)) is not None]
 
 
 def _variants(found: Results) -> list[str]:
@@ -233,33 +232,29 @@ def _series(axes: "Axes", places: list[int], means: list[Mean], variant: str) ->
         markersize=6,
         linewidth=1.8,
         capsize=3,
-        label=title(Entrant(variant=variant)).split(", ")[0]
-        if variant in (MEMORY, MEMORY_PLUS)
-        else title(Entrant(variant=variant)),
+        label=short(variant),
     )
 
 
 def _level(axes: "Axes", mean: Mean, variant: str) -> None:
     colour, _ = _STYLES[variant]
-    axes.axhline(
-        mean.value, color=colour, linestyle=_LINES[variant], linewidth=1.6, label=title(Entrant(variant=variant))
-    )
+    axes.axhline(mean.value, color=colour, linestyle=_LINES[variant], linewidth=1.6, label=short(variant))
     axes.axhspan(mean.value - mean.deviation, mean.value + mean.deviation, color=colour, alpha=0.12, linewidth=0)
 
 
-def _band(axes: "Axes", places: list[int] | list[float], means: list[Mean], entrant: Entrant) -> None:
-    colour, marker = _STYLES[entrant.variant]
+def _band(axes: "Axes", places: list[int] | list[float], means: list[Mean], variant: str, label: str) -> None:
+    colour, marker = _STYLES[variant]
     values = [mean.value for mean in means]
     low, high = ([mean.value + sign * mean.deviation for mean in means] for sign in (-1, 1))
     axes.plot(
         places,
         values,
         color=colour,
-        linestyle=_LINES.get(entrant.variant, "-"),
+        linestyle=_LINES.get(variant, "-"),
         linewidth=1.8,
         marker=marker,
         markersize=3.5,
-        label=title(entrant),
+        label=label,
     )
     axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
 
@@ -284,16 +279,8 @@ def _params_axis(axes: "Axes", params: list[int]) -> None:
     axes.set_xlabel("parameters, tables included")
 
 
-def _accuracy(found: Results, entrant: Entrant) -> Mean:
-    return found.mean(entrant, _accuracy_of)
-
-
 def _covered(found: Results, entrant: Entrant) -> Mean:
     return found.mean(entrant, lambda run: run.coverage or 0.0)
-
-
-def _accuracy_of(result: Result) -> float:
-    return result.accuracy
 
 
 def _accuracy_of_point(point: Point) -> float:
@@ -305,21 +292,20 @@ def _loss_of_point(point: Point) -> float:
 
 
 def _accuracy_title(found: Results) -> str:
-    best = max(found.entrants, key=lambda each: _accuracy(found, each).value)
-    return f"Recall by steps: up to {_accuracy(found, best).value:.0%} at the end ({title(best)})"
+    best = max(found.entrants, key=lambda each: found.recall(each).value)
+    return f"Recall by steps: up to {found.recall(best).value:.0%} at the end ({title(best, found)})"
 
 
 def _loss_title(found: Results) -> str:
     least = min(found.entrants, key=lambda each: found.mean(each, lambda run: run.answer_loss).value)
     loss = found.mean(least, lambda run: run.answer_loss).value
-    return f"Loss on answers: down to {loss:.2f} at the end ({title(least)})"
+    return f"Loss on answers: down to {loss:.2f} at the end ({title(least, found)})"
 
 
 def _compute_title(found: Results) -> str:
-    twice, plus = found.of_variant(TWICE), found.of_variant(MEMORY_PLUS)
-    if not twice or not plus:
+    twice, best = found.of_variant(TWICE), found.best_of(MEMORY_PLUS)
+    if not twice or best is None:
         return "as it is spent"
-    best = max(plus, key=lambda each: _accuracy(found, each).value)
-    points = round(100 * (_accuracy(found, best).value - _accuracy(found, twice[0]).value))
+    points = round(100 * (found.recall(best).value - found.recall(twice[0]).value))
     how = f"{abs(points)} points {'above' if points > 0 else 'below'}" if points else "level with"
-    return f"{title(best)} end {how} dense of twice the compute"
+    return f"{title(best, found)} end {how} dense of twice the compute"
