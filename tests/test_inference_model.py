@@ -85,6 +85,16 @@ def test_logits_are_those_of_training_with_and_without_cache(
         np.testing.assert_allclose(wide["logits"], logits, rtol=0, atol=1e-4)
 
 
+def test_float64_is_exact_in_scores_too(pool: RankPool, tmp_path: Path) -> None:
+    run = toy_run(memory={"score_dtype": "bf16"})
+    ((tokens, logits),) = pool.run(1, train_and_save, run, tmp_path / "saved")
+    (narrow,) = pool.run(1, read, tmp_path / "saved", tokens, "memory", "")
+    np.testing.assert_array_equal(narrow["logits"], logits)
+    (wide,) = pool.run(1, read, tmp_path / "saved", tokens, "memory", "float64")
+    assert wide["logits"].dtype == np.float64
+    np.testing.assert_allclose(wide["cached"], wide["logits"], rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", ["memory_plus", "peer"])
 def test_tables_stay_in_their_type_whatever_is_computed_in(kind: str, pool: RankPool, tmp_path: Path) -> None:
     run = toy_run(kind=kind, dtype="float64")

@@ -184,15 +184,22 @@ def _reading_run(saved: RunConfig, dtype: str) -> RunConfig:
     return replace(
         saved,
         train=train,
-        memory=_reading_memory(saved, saved.memory),
-        more_memories=tuple(_reading_memory(saved, memory) for memory in saved.more_memories),
+        memory=_reading_memory(saved, saved.memory, train.dtype),
+        more_memories=tuple(_reading_memory(saved, memory, train.dtype) for memory in saved.more_memories),
         parallel=ParallelConfig(),
         checkpoint=CheckpointConfig(),
         kernels=KernelsConfig(),
     )
 
 
-def _reading_memory(saved: RunConfig, memory: MemoryConfig) -> MemoryConfig:
+def _reading_memory(saved: RunConfig, memory: MemoryConfig, dtype: str) -> MemoryConfig:
     """A memory with its table in the type that it was saved in, and without what only updates ask for."""
     stored = saved.table_dtype_of(memory)
-    return replace(memory, dtype="" if stored == "float64" else stored, rounding="master", moments_dtype="float32")
+    return replace(
+        memory,
+        dtype="" if stored == "float64" else stored,
+        # float64 is for exact comparisons, scores included.
+        score_dtype="float32" if dtype == "float64" else memory.score_dtype,
+        rounding="master",
+        moments_dtype="float32",
+    )
