@@ -138,7 +138,10 @@ def test_study_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     shutil.rmtree(paths.corpus)
     paths.page.unlink()
     monkeypatch.setattr(command, "run_all", lambda planned, *rest, **more: _nothing_to_do(planned))
+    said.clear()
     assert recall(request, said.append) == results and paths.page.exists()
+    # A signal that came when all had been done ended nothing.
+    assert not [line for line in said if "goes on" in line]
 
 
 @pytest.mark.parametrize(
@@ -171,4 +174,4 @@ def _nothing_to_do(planned: list[Planned]) -> Any:
     from mempar.tools.study.schedule import Ending
 
     assert all(one.is_done for one in planned)
-    return Ending(stopped="", failed={})
+    return Ending(stopped="SIGTERM", failed={})

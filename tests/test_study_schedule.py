@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -100,6 +101,45 @@ def test_study_that_is_ended_lets_runs_save_and_goes_on(tmp_path: Path) -> None:
     (runs[3].root / "ended").touch()
     assert run_all(runs, 1, keep_models=False, say=print) == Ending(stopped="", failed={})
     assert starts(runs) == [2, 1, 1, 1, 1, 1]
+
+
+def test_run_that_is_being_started_at_a_signal_is_told_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runs = planned(tmp_path, "moe", "dense")
+    start, told = Planned.start, []
+
+    def start_and_interrupt(one: Planned) -> subprocess.Popen[bytes]:
+        process = start(one)
+        terminate = process.terminate
+        monkeypatch.setattr(process, "terminate", lambda: (told.append(one.root.name), terminate()))
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(Planned, "start", start_and_interrupt)
+    ending = run_all(runs, 2, keep_models=False, say=print)
+    assert ending == Ending(stopped="SIGTERM", failed={}) and told == ["moe-seed1"]
+    assert not [one for one in runs if one.is_done] and starts(runs)[1] == 0
+
+
+def test_signal_while_the_next_run_is_chosen_lets_runs_save(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Interrupted(list[Planned]):
+        """Looked at when a signal comes."""
+
+        def __bool__(self) -> bool:
+            waits = len(self) > 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            return waits
+
+    class Interrupting(schedule._Schedule):
+        def goes_on(self, jobs: int) -> bool:
+            if self.running and (self.running["moe-seed1"][0].root / "waiting").exists() and not self.stopped:
+                jobs, self.waiting = 2, Interrupted(self.waiting)
+            return super().goes_on(jobs)
+
+    monkeypatch.setattr(schedule, "_Schedule", Interrupting)
+    runs = planned(tmp_path, "moe", "dense")
+    assert run_all(runs, 1, keep_models=False, say=print) == Ending(stopped="SIGTERM", failed={})
+    assert (runs[0].root / "ended").exists() and not [one for one in runs if one.is_done]
 
 
 def test_run_of_a_study_that_was_moved_goes_on(tmp_path: Path) -> None:

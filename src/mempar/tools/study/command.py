@@ -82,8 +82,8 @@ def recall(request: Request, say: Callable[[str], None]) -> list[Result]:
         if results:
             save_results(paths.results, results)
             _draw(paths, results, say)
-    if ending.stopped:
-        done = sum(one.is_done for one in planned)
+    done = sum(one.is_done for one in planned)
+    if ending.stopped and done < len(planned):
         say(f"ended by {ending.stopped} with {done} of {len(planned)} runs done; the same command goes on")
     check_ending(ending)
     return results

@@ -165,24 +165,28 @@ class _Schedule:
             one.prepare()
         self.running: dict[str, tuple[Planned, subprocess.Popen[bytes]]] = {}
         self.failed: dict[str, str] = {}
-        self.stopped = ""
+        self.stopped, self._told = "", False
         self._total, self._keep, self._say = len(planned), keep_models, say
         self._done = self._total - len(self.waiting)
 
     def stop(self, signal_name: str) -> None:
-        """Start no more runs, and let the running ones save and end."""
+        """Note a signal, and nothing else: it comes between any two instructions; `goes_on` does what follows."""
         self.stopped = self.stopped or signal_name
-        self.waiting = []
-        for _, process in self.running.values():
-            process.terminate()
 
     def goes_on(self, jobs: int) -> bool:
-        """See who has ended and start others in their place; whether anything is left to wait for."""
+        """See who has ended and start others in their place; whether anything is left to wait for.
+
+        After a signal nobody is started, and the running ones are told once to save and end.
+        """
         for name, (one, process) in list(self.running.items()):
             if process.poll() is not None:
                 del self.running[name]
                 self._ended(one, process.returncode)
-        while self.waiting and len(self.running) < jobs:
+        if self.stopped and not self._told:
+            self._told = True
+            for _, process in self.running.values():
+                process.terminate()
+        while self.waiting and len(self.running) < jobs and not self.stopped:
             one = self.waiting.pop(0)
             self.running[one.root.name] = (one, one.start())
         return bool(self.running)
