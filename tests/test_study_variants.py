@@ -65,6 +65,22 @@ def test_flops_that_cannot_be_matched_are_one_message() -> None:
         run_of(Entrant(variant="memory_plus", slots=1 << 20), MICRO, 1, DATA, MICRO.vocab_size)
 
 
+@pytest.mark.parametrize("variant", ["memory_plus", "memory", "peer"])
+def test_table_in_every_block_is_one_message(variant: str) -> None:
+    setting = "memory_plus_layers" if variant == "memory_plus" else "memory_layers"
+    settings = dataclasses.replace(MICRO, **{setting: (0, 1, 2)})
+    message = rf"{variant}-64 has a table in every block \({setting}=\[0, 1, 2\]\): no feed-forward network is left"
+    with pytest.raises(ConfigError, match=message):
+        run_of(Entrant(variant=variant, slots=64), settings, 1, DATA, MICRO.vocab_size)
+
+
+def test_settings_of_a_model_that_takes_no_part_keep_no_other_from_running() -> None:
+    settings = dataclasses.replace(MICRO, memory_plus_layers=(0, 1, 2))
+    run_of(Entrant(variant="memory", slots=64), settings, 1, DATA, MICRO.vocab_size)
+    with pytest.raises(ConfigError, match="memory_plus-64 has a table in every block"):
+        run_of(Entrant(variant="moe", slots=64), settings, 1, DATA, MICRO.vocab_size)
+
+
 def test_experts_that_cannot_have_as_many_parameters_are_one_message() -> None:
     settings = STUDIES["full"].settings
     with pytest.raises(ConfigError, match=r"moe takes at best .* parameters where .* are wanted, at equal FLOPs"):

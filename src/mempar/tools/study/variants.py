@@ -74,10 +74,10 @@ def _matched_run(entrant: Entrant, settings: Settings, dense: RunConfig, vocab_s
         return dense
     if entrant.variant == TWICE:
         return _twice(dense, 2 * target, vocab_size)
-    memory = _with_memory(dense, settings, MEMORY_PLUS, math.isqrt(entrant.slots))
-    memory = _matched(lambda width: _with_ffn(memory, width), target, vocab_size, entrant)
     if entrant.variant == MOE:
-        return _experts(dense, settings, target, _params(memory, vocab_size), vocab_size)
+        same = Entrant(variant=MEMORY_PLUS, slots=entrant.slots)
+        total = _params(_matched_run(same, settings, dense, vocab_size), vocab_size)
+        return _experts(dense, settings, target, total, vocab_size)
     num_subkeys = math.isqrt(entrant.slots)
     if entrant.variant == PEER:
         # Two tables.
@@ -182,8 +182,18 @@ def _params(run: RunConfig, vocab_size: int) -> int:
 
 
 def _matched(of_width: Callable[[int], RunConfig], target: int, vocab_size: int, entrant: Entrant) -> RunConfig:
-    """The run of the width whose FLOPs a token come nearest to a target: they grow linearly with it."""
+    """The run of the width whose FLOPs a token come nearest to a target: they grow linearly with it.
+
+    Raises:
+        ConfigError: when they do not come near, or no width changes them.
+    """
     few, more = (model_size(of_width(width), vocab_size).flops_per_token for width in (1, 2))
+    if few == more:
+        setting = "memory_plus_layers" if entrant.variant == MEMORY_PLUS else "memory_layers"
+        raise ConfigError(
+            f"{entrant} has a table in every block ({setting}={list(of_width(1).memory.layers)}): no "
+            "feed-forward network is left whose width could make up for its FLOPs; leave a block without a table."
+        )
     run = of_width(max(1, 1 + round((target - few) / (more - few))))
     found = model_size(run, vocab_size).flops_per_token
     if abs(found - target) > TOLERANCE * target:
