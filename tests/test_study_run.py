@@ -27,7 +27,8 @@ from rank_pool import RankPool
 from study_runs import MICRO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-STUDY = Study(settings=MICRO, slots=(64,), matched_slots=64, num_seeds=1)
+# A size at which three experts have as many parameters as the others.
+STUDY = Study(settings=MICRO, slots=(196,), matched_slots=196, num_seeds=1)
 
 
 @pytest.fixture(scope="module")
