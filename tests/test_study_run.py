@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 
 from command_line import refusal, said_as
-from mempar.errors import ConfigError
+from mempar.errors import ConfigError, MemparError
 from mempar.runtime.launch.heartbeat import Heartbeat
 from mempar.runtime.launch.stopping import Stopping
 from mempar.runtime.metrics import read_rows
 from mempar.runtime.run_dir import RunDir, open_new
+from mempar.runtime.step import Stepper
 from mempar.tools.study import command, corpus, plan
 from mempar.tools.study.command import Request, plan_runs, recall
 from mempar.tools.study.directory import StudyDir
@@ -56,6 +58,26 @@ def run_to(root: str, stop_after: int = 0) -> str:
     finally:
         Examination.after_step = after_step
     return stopping.agreed
+
+
+def run_with_losses_of_nan(root: str, steps: tuple[int, ...], stop_after: int = 0) -> str:
+    """Do a run of which some steps come to nothing; returns why it was stopped or what it failed of."""
+    inner, saved = Stepper._schedule, RunDir(Path(root)).latest_checkpoint()
+    step = int(saved.name.removeprefix("step_")) if saved else 0
+
+    def spoil(self: Stepper, batches: list[Any], *, forward_only: bool) -> Any:
+        nonlocal step
+        total, tokens = inner(self, batches, forward_only=forward_only)
+        step += 1
+        return (total * math.nan if step in steps else total), tokens
+
+    Stepper._schedule = spoil
+    try:
+        return run_to(root, stop_after)
+    except MemparError as error:
+        return str(error)
+    finally:
+        Stepper._schedule = inner
 
 
 def begin(one: Planned, root: Path, interval: int = 2) -> Path:
@@ -113,6 +135,23 @@ def test_run_that_was_stopped_goes_on_bit_for_bit(pool: RankPool, paths: StudyDi
     pool.run(1, run_to, str(parts))
     after = json.loads((parts / RESULT).read_text())
     assert before == after and after["cpu_seconds"] == pytest.approx(sum(row["cpu_seconds"] for row in times))
+
+
+def test_losses_that_are_not_finite_are_left_out_alike(pool: RankPool, paths: StudyDir, tmp_path: Path) -> None:
+    (one,) = plan_runs(dataclasses.replace(STUDY, variants=("dense",)), paths, MICRO.vocab_size)
+    whole, parts, ruined = (begin(one, tmp_path / name, 3) for name in ("whole", "parts", "ruined"))
+    assert pool.run(1, run_with_losses_of_nan, str(whole), (2, 4)) == [""]
+    assert pool.run(1, run_with_losses_of_nan, str(parts), (2, 4), 4) == ["SIGTERM"]
+    assert pool.run(1, run_with_losses_of_nan, str(parts), (2, 4)) == [""]
+    assert rows(parts) == rows(whole)
+    results = [json.loads((root / RESULT).read_text(), parse_constant=pytest.fail) for root in (whole, parts)]
+    assert [result["skipped"] for result in results] == [2, 2]
+    losses = [row["loss"] for row in read_rows(whole / "metrics.jsonl") if row["step"] in (1, 3)]
+    assert results[0]["curve"][0]["loss"] == pytest.approx(sum(losses) / 2)
+    # An interval without any leaves no result.
+    (failure,) = pool.run(1, run_with_losses_of_nan, str(ruined), (4, 5, 6))
+    assert "dense-seed1 has come to nothing: at step 6 the loss of every step since" in failure
+    assert not (ruined / RESULT).exists() and [row["step"] for row in rows(ruined)] == [3]
 
 
 def test_study_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
