@@ -1,12 +1,14 @@
 """mempar.tools.study facts, wordings, tokenizer, packing and corpus: what is told, and what is only asked."""
 
 import dataclasses
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from full_disk import full_disk
 from mempar.errors import ConfigError
 from mempar.runtime.config import RunConfig
 from mempar.runtime.data.check import check_files
@@ -135,6 +137,28 @@ def test_corpus_is_the_same_again_and_fits_a_run(folder: Path, tmp_path: Path) -
     corpus.build(folder, MICRO)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("train.*")}
     check_files(RunConfig(data=corpus.data_of(folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("train.bin", r"train\.bin has \d+ bytes, and .*train\.json says \d+"),
+        ("train.json", r"train\.json cannot be read as a manifest"),
+        ("tokenizer/tokenizer.json", r"the tokenizer .* cannot be loaded"),
+    ],
+)
+def test_corpus_that_was_cut_short_says_what_to_delete(folder: Path, tmp_path: Path, name: str, said: str) -> None:
+    cut = tmp_path / "corpus"
+    shutil.copytree(folder, cut)
+    (cut / name).write_bytes((folder / name).read_bytes()[:100])
+    with pytest.raises(ConfigError, match=rf"the corpus of the study is damaged: .*{said}.*; delete {cut}, and the"):
+        corpus.build(cut, MICRO)
+
+
+def test_tokenizer_that_cannot_be_written_whole_is_not_there(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(OSError, match="too large"):
+        train_tokenizer([" a is b."], 256, tmp_path / "tokenizer")
+    assert not (tmp_path / "tokenizer" / "tokenizer.json").exists()
 
 
 def test_digits_of_code_points_are_tokens_and_parts_make_up_the_sentence(folder: Path) -> None:
