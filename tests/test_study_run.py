@@ -174,6 +174,12 @@ def test_study_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     with pytest.raises(ConfigError, match=r"dense-seed1/result\.json cannot be read"):
         recall(request, said.append)
     damaged.write_bytes(whole)
+    # So is another corpus than the one that runs have read.
+    remembered = paths.checksums.read_bytes()
+    paths.checksums.write_text("{}")
+    with pytest.raises(ConfigError, match=r"is not the corpus that the runs of this study have begun with"):
+        recall(request, said.append)
+    paths.checksums.write_bytes(remembered)
     # Another time nothing is run, and what was lost is drawn again.
     shutil.rmtree(paths.corpus)
     paths.page.unlink()

@@ -76,7 +76,9 @@ def recall(request: Request, say: Callable[[str], None]) -> list[Result]:
     with RunLock(paths.root, say):
         paths.open(request.size, study.settings)
         say(f"{study.settings.facts:,} facts, {_counted(study)}: {paths.root}")
-        planned = plan_runs(study, paths, corpus.build(paths.corpus, study.settings))
+        vocab_size = corpus.build(paths.corpus, study.settings)
+        paths.remember(corpus.checksums(paths.corpus))
+        planned = plan_runs(study, paths, vocab_size)
         ending = run_all(planned, jobs, keep_models=request.keep_models, say=say)
         results = gather_results(paths.runs)
         if results:

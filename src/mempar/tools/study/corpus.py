@@ -8,6 +8,7 @@ Every pass tells every fact once, in the next of its wordings, in a new order; n
 company. The files are the same for the same settings and the same version of Unicode.
 """
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -71,7 +72,11 @@ def build(directory: Path, settings: Settings) -> int:
     with _sound(directory):
         encoder = load_encoder(spec)
     asked = [Asked(fact=fact, wording=held_out(fact, settings.fact_seed)) for fact in facts]
-    replace_file(directory / FACTS, "".join(map(_line, asked)).encode())
+    facts_file, content = directory / FACTS, "".join(map(_line, asked)).encode()
+    if not facts_file.exists():
+        replace_file(facts_file, content)
+    elif facts_file.read_bytes() != content:
+        raise _damaged(directory, f"{facts_file} holds other facts than these settings make")
     with _sound(directory):
         missing = read_manifest(directory / TRAIN) is None
     if missing:
@@ -100,6 +105,15 @@ def _damaged(directory: Path, what: str) -> ConfigError:
 def data_of(directory: Path) -> DataConfig:
     """What a run takes its tokens from."""
     return DataConfig(paths=(str(directory / TRAIN),), tokenizer=f"hf:{directory / TOKENIZER}")
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """What tells this corpus from another, by the names of its files; it has been built."""
+    manifest = read_manifest(directory / TRAIN)
+    assert manifest is not None
+    files = (FACTS, f"{TOKENIZER}/tokenizer.json")
+    found = {name: f"sha256:{hashlib.sha256((directory / name).read_bytes()).hexdigest()}" for name in files}
+    return found | {f"{TRAIN}.bin": f"xxh3_128:{manifest.bin.xxh3_128}"}
 
 
 def load_asked(directory: Path) -> list[Asked]:
