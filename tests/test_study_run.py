@@ -180,6 +180,13 @@ def test_study_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     with pytest.raises(ConfigError, match=r"is not the corpus that the runs of this study have begun with"):
         recall(request, said.append)
     paths.checksums.write_bytes(remembered)
+    # And a place that cannot be written is one message.
+    for name in ("results.json.aside", "corpus/facts.jsonl"):
+        (paths.root / name).unlink(missing_ok=True)
+        (paths.root / name).mkdir()
+        with pytest.raises(ConfigError, match=rf"{name} cannot be used \(Is a directory\)"):
+            recall(request, said.append)
+        (paths.root / name).rmdir()
     # Another time nothing is run, and what was lost is drawn again.
     shutil.rmtree(paths.corpus)
     paths.page.unlink()

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from full_disk import full_disk
 from mempar.errors import ConfigError, MemparError
 from mempar.runtime.config import RunConfig
 from mempar.runtime.overrides import load_yaml
 from mempar.tools.study import corpus, schedule
+from mempar.tools.study.directory import needs_room
 from mempar.tools.study.schedule import Ending, Planned, check_ending, run_all
 from mempar.tools.study.variants import Entrant
 
@@ -153,6 +155,21 @@ def test_run_of_a_study_that_was_moved_goes_on(tmp_path: Path) -> None:
     other.prepare()
     assert load_yaml(other.root / "config.yaml").data == data[after]
     assert json.loads((other.root / "entrant.json").read_text())["corpus"] == str(after / "corpus")
+
+
+def test_run_whose_directory_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (one,) = planned(tmp_path, "dense")
+    one.prepare()
+    (one.root / "entrant.json").unlink()
+    (one.root / "entrant.json").mkdir()
+    with pytest.raises(ConfigError, match=r"dense-seed1/entrant\.json cannot be used \(Is a directory\)"):
+        one.prepare()
+
+
+def test_full_disk_is_one_message_that_names_the_place(tmp_path: Path) -> None:
+    message = rf"{tmp_path} cannot be used \(File too large\); .* make room"
+    with full_disk(), pytest.raises(ConfigError, match=message), needs_room(tmp_path):
+        (tmp_path / "some").write_bytes(b"content")
 
 
 def test_progress_is_read_from_signs_of_life(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ report.html, plots.png, summary.txt   what they show
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,25 @@ def _differences(found: Any, wanted: dict[str, Any]) -> list[str]:
         for name in dict.fromkeys((*now, *before))
         if before.get(name) != now.get(name)
     ]
+
+
+@contextmanager
+def needs_room(path: Path) -> Iterator[None]:
+    """Turn a failure of what is done in a study's directory into the message about it.
+
+    Args:
+        path: where it is done, in case that the system does not say.
+
+    Raises:
+        ConfigError: naming the file and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or path} cannot be used ({error.strerror or error}); a study keeps all that it makes in "
+            "its directory; make room or see to the disk, and the same command goes on."
+        ) from None
 
 
 def read_json(path: Path) -> Any:

@@ -25,6 +25,7 @@ from mempar.runtime.launch.heartbeat import read_signs
 from mempar.runtime.launch.stopping import heed_signals
 from mempar.runtime.overrides import load_yaml, to_yaml
 from mempar.runtime.run_dir import RunDir, open_existing
+from mempar.tools.study.directory import needs_room
 from mempar.tools.study.one_run import ENTRANT, RESULT
 from mempar.tools.study.variants import Entrant
 
@@ -74,7 +75,10 @@ class Planned:
         Raises:
             ConfigError: when it holds another one, or cannot be written.
         """
-        paths = RunDir(self.root)
+        with needs_room(self.root):
+            self._prepare(RunDir(self.root))
+
+    def _prepare(self, paths: RunDir) -> None:
         if paths.config.exists():
             # The study's own corpus, wherever it lies now: the study has made sure that it is the same.
             found = dataclasses.replace(load_yaml(paths.config), data=self.run.data)
