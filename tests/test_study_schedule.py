@@ -15,6 +15,8 @@ import pytest
 from full_disk import full_disk
 from mempar.errors import ConfigError, MemparError
 from mempar.runtime.config import RunConfig
+from mempar.runtime.launch import lock
+from mempar.runtime.launch.lock import RunLock, share_lock
 from mempar.runtime.overrides import load_yaml
 from mempar.tools.study import corpus, schedule
 from mempar.tools.study.directory import needs_room
@@ -142,6 +144,50 @@ def test_signal_while_the_next_run_is_chosen_lets_runs_save(monkeypatch: pytest.
     runs = planned(tmp_path, "moe", "dense")
     assert run_all(runs, 1, keep_models=False, say=print) == Ending(stopped="SIGTERM", failed={})
     assert (runs[0].root / "ended").exists() and not [one for one in runs if one.is_done]
+
+
+def test_run_has_one_writer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0.05)
+    runs = planned(tmp_path, "dense", "moe")
+    # A study that was killed has left a run that has not ended yet.
+    runs[1].root.mkdir(parents=True)
+    left = share_lock(runs[1].root)
+    assert left is not None
+    with pytest.raises(ConfigError, match=rf"{runs[1].root} is in use: the ranks of"):
+        run_all(runs, 2, keep_models=False, say=print)
+    left.close()
+    assert starts(runs) == [0, 0]
+    refused: list[str] = []
+
+    def is_refused() -> bool:
+        if not (runs[1].root / "waiting").exists():
+            return False
+        try:
+            with RunLock(runs[1].root, print):
+                return True
+        except ConfigError as error:
+            refused.append(str(error))
+            return True
+
+    watching = stop_when(is_refused)
+    assert run_all(runs, 2, keep_models=False, say=print).stopped == "SIGTERM"
+    watching.join()
+    assert len(refused) == 1 and f"process {os.getpid()} on" in refused[0]
+    with RunLock(runs[1].root, print):
+        pass
+
+
+def test_run_whose_study_is_gone_ends_before_it_begins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (one,) = planned(tmp_path, "dense")
+    one.prepare()
+    process = one.start()
+    process.wait()
+    assert isinstance(process.args, list) and process.args[-2:] == ["--parent", str(os.getpid())]
+    # It would fail for want of a corpus.
+    monkeypatch.setattr(schedule, "_WORKER", "mempar.tools.study.one_run")
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    (one.root / "log").unlink()
+    assert one.start().wait() == 1 and (one.root / "log").read_text() == ""
 
 
 def test_run_of_a_study_that_was_moved_goes_on(tmp_path: Path) -> None:

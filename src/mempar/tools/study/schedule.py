@@ -6,12 +6,13 @@ checkpoint when the study does. A run that fails keeps nobody else from running.
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mempar.errors import MemparError
 from mempar.runtime.config import RunConfig
 from mempar.runtime.durable import replace_file
 from mempar.runtime.launch.heartbeat import read_signs
+from mempar.runtime.launch.lock import RunLock
 from mempar.runtime.launch.stopping import heed_signals
 from mempar.runtime.overrides import load_yaml, to_yaml
 from mempar.runtime.run_dir import RunDir, open_existing
@@ -99,7 +101,7 @@ class Planned:
         with (self.root / _LOG).open("ab") as log:
             # A session of its own: ^C reaches the study alone, which passes it on.
             return subprocess.Popen(
-                ["env", *_ENVIRONMENT, sys.executable, "-m", _WORKER, str(self.root)],
+                ["env", *_ENVIRONMENT, sys.executable, "-m", _WORKER, str(self.root), "--parent", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -145,27 +147,33 @@ def run_all(planned: Sequence[Planned], jobs: int, *, keep_models: bool, say: Ca
         say: prints a line.
 
     Raises:
-        ConfigError: when a run's directory holds another run; nothing has been started then.
+        ConfigError: when a run's directory holds another run, or another process writes there; nothing has been
+            started then.
         KeyboardInterrupt: at the second SIGINT.
     """
-    schedule = _Schedule(planned, keep_models, say)
-    with heed_signals(schedule.stop), _showing(planned) as show:
-        try:
-            while schedule.goes_on(jobs):
-                show(schedule.running)
-                time.sleep(_POLL_SECONDS)
-        finally:
-            schedule.kill()
+    with ExitStack() as locks:
+        schedule = _Schedule(planned, keep_models, say, locks)
+        with heed_signals(schedule.stop), _showing(planned) as show:
+            try:
+                while schedule.goes_on(jobs):
+                    show(schedule.running)
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                schedule.kill()
     return Ending(stopped=schedule.stopped, failed=schedule.failed)
 
 
 class _Schedule:
     """Which runs wait, which are running, and which have failed."""
 
-    def __init__(self, planned: Sequence[Planned], keep_models: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, planned: Sequence[Planned], keep_models: bool, say: Callable[[str], None], locks: ExitStack
+    ) -> None:
         self.waiting = [one for one in planned if not one.is_done]
-        # All of them before any is started.
+        # All of them before any is started. A study that was killed may have left a run that still ends, and nobody
+        # else is to go on with one until all have ended.
         for one in self.waiting:
+            locks.enter_context(RunLock(one.root, say))
             one.prepare()
         self.running: dict[str, tuple[Planned, subprocess.Popen[bytes]]] = {}
         self.failed: dict[str, str] = {}
