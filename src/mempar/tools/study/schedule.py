@@ -171,9 +171,9 @@ class _Schedule:
     ) -> None:
         self.waiting = [one for one in planned if not one.is_done]
         # All of them before any is started. A study that was killed may have left a run that still ends, and nobody
-        # else is to go on with one until all have ended.
+        # else is to go on with one until all have ended. Of a file system without locks the study's own lock tells.
         for one in self.waiting:
-            locks.enter_context(RunLock(one.root, say))
+            locks.enter_context(RunLock(one.root, lambda said: None))
             one.prepare()
         self.running: dict[str, tuple[Planned, subprocess.Popen[bytes]]] = {}
         self.failed: dict[str, str] = {}
