@@ -1,12 +1,15 @@
 """mempar.tools.study facts, wordings, tokenizer, packing and corpus: what is told, and what is only asked."""
 
 import dataclasses
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from full_disk import full_disk
 from mempar.errors import ConfigError
 from mempar.runtime.config import RunConfig
 from mempar.runtime.data.check import check_files
@@ -14,6 +17,7 @@ from mempar.runtime.data.encoders import Encoder, load_encoder
 from mempar.runtime.data.manifest import read_manifest
 from mempar.runtime.data.tokenizer import TokenizerSpec, parse_spec
 from mempar.tools.study import corpus
+from mempar.tools.study.directory import StudyDir
 from mempar.tools.study.facts import BLOCK, CATEGORY, CODE_POINT, DECOMPOSITION, KINDS, NAME, VALUE, draw_facts, sources
 from mempar.tools.study.packing import pack
 from mempar.tools.study.tokenizer import END, train_tokenizer
@@ -135,6 +139,59 @@ def test_corpus_is_the_same_again_and_fits_a_run(folder: Path, tmp_path: Path) -
     corpus.build(folder, MICRO)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("train.*")}
     check_files(RunConfig(data=corpus.data_of(folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("train.bin", r"train\.bin has \d+ bytes, and .*train\.json says \d+"),
+        ("train.json", r"train\.json cannot be read as a manifest"),
+        ("tokenizer/tokenizer.json", r"the tokenizer .* cannot be loaded"),
+    ],
+)
+def test_corpus_that_was_cut_short_says_what_to_delete(folder: Path, tmp_path: Path, name: str, said: str) -> None:
+    cut = tmp_path / "corpus"
+    shutil.copytree(folder, cut)
+    (cut / name).write_bytes((folder / name).read_bytes()[:100])
+    with pytest.raises(ConfigError, match=rf"the corpus of the study is damaged: .*{said}.*; delete {cut}, and the"):
+        corpus.build(cut, MICRO)
+
+
+def test_other_facts_are_not_written_over(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "corpus"
+    shutil.copytree(folder, other)
+    before = (other / "facts.jsonl").stat().st_mtime_ns
+    corpus.build(other, MICRO)
+    assert (other / "facts.jsonl").stat().st_mtime_ns == before
+    facts = (folder / "facts.jsonl").read_text().replace("LETTER", "NUMBER")
+    (other / "facts.jsonl").write_text(facts)
+    with pytest.raises(ConfigError, match=r"facts\.jsonl holds other facts than these settings make; .* delete"):
+        corpus.build(other, MICRO)
+    assert (other / "facts.jsonl").read_text() == facts
+
+
+def test_study_goes_on_with_its_own_corpus_alone(folder: Path, tmp_path: Path) -> None:
+    paths = StudyDir(tmp_path)
+    paths.open("quick", MICRO)
+    checksums = corpus.checksums(folder)
+    assert set(checksums) == {"facts.jsonl", "tokenizer/tokenizer.json", "train.bin"}
+    # What no run has read may be another one.
+    paths.remember(checksums | {"train.bin": "xxh3_128:0"})
+    paths.remember(checksums)
+    (paths.runs / "dense-seed1").mkdir()
+    paths.remember(checksums)
+    with pytest.raises(ConfigError, match=r"not the corpus that the runs .*: facts\.jsonl differs; .* another --out"):
+        paths.remember(checksums | {"facts.jsonl": "sha256:0"})
+    # A study of before knows of none.
+    paths.checksums.unlink()
+    paths.remember(checksums)
+    assert json.loads(paths.checksums.read_text()) == checksums
+
+
+def test_tokenizer_that_cannot_be_written_whole_is_not_there(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(OSError, match="too large"):
+        train_tokenizer([" a is b."], 256, tmp_path / "tokenizer")
+    assert not (tmp_path / "tokenizer" / "tokenizer.json").exists()
 
 
 def test_digits_of_code_points_are_tokens_and_parts_make_up_the_sentence(folder: Path) -> None:

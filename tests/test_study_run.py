@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 
 from command_line import refusal, said_as
-from mempar.errors import ConfigError
+from mempar.errors import ConfigError, MemparError
 from mempar.runtime.launch.heartbeat import Heartbeat
 from mempar.runtime.launch.stopping import Stopping
 from mempar.runtime.metrics import read_rows
 from mempar.runtime.run_dir import RunDir, open_new
+from mempar.runtime.step import Stepper
 from mempar.tools.study import command, corpus, plan
 from mempar.tools.study.command import Request, plan_runs, recall
 from mempar.tools.study.directory import StudyDir
@@ -27,7 +29,8 @@ from rank_pool import RankPool
 from study_runs import MICRO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-STUDY = Study(settings=MICRO, slots=(64,), matched_slots=64, num_seeds=1)
+# A size at which three experts have as many parameters as the others.
+STUDY = Study(settings=MICRO, slots=(196,), matched_slots=196, num_seeds=1)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,26 @@ def run_to(root: str, stop_after: int = 0) -> str:
     finally:
         Examination.after_step = after_step
     return stopping.agreed
+
+
+def run_with_losses_of_nan(root: str, steps: tuple[int, ...], stop_after: int = 0) -> str:
+    """Do a run of which some steps come to nothing; returns why it was stopped or what it failed of."""
+    inner, saved = Stepper._schedule, RunDir(Path(root)).latest_checkpoint()
+    step = int(saved.name.removeprefix("step_")) if saved else 0
+
+    def spoil(self: Stepper, batches: list[Any], *, forward_only: bool) -> Any:
+        nonlocal step
+        total, tokens = inner(self, batches, forward_only=forward_only)
+        step += 1
+        return (total * math.nan if step in steps else total), tokens
+
+    Stepper._schedule = spoil
+    try:
+        return run_to(root, stop_after)
+    except MemparError as error:
+        return str(error)
+    finally:
+        Stepper._schedule = inner
 
 
 def begin(one: Planned, root: Path, interval: int = 2) -> Path:
@@ -114,6 +137,23 @@ def test_run_that_was_stopped_goes_on_bit_for_bit(pool: RankPool, paths: StudyDi
     assert before == after and after["cpu_seconds"] == pytest.approx(sum(row["cpu_seconds"] for row in times))
 
 
+def test_losses_that_are_not_finite_are_left_out_alike(pool: RankPool, paths: StudyDir, tmp_path: Path) -> None:
+    (one,) = plan_runs(dataclasses.replace(STUDY, variants=("dense",)), paths, MICRO.vocab_size)
+    whole, parts, ruined = (begin(one, tmp_path / name, 3) for name in ("whole", "parts", "ruined"))
+    assert pool.run(1, run_with_losses_of_nan, str(whole), (2, 4)) == [""]
+    assert pool.run(1, run_with_losses_of_nan, str(parts), (2, 4), 4) == ["SIGTERM"]
+    assert pool.run(1, run_with_losses_of_nan, str(parts), (2, 4)) == [""]
+    assert rows(parts) == rows(whole)
+    results = [json.loads((root / RESULT).read_text(), parse_constant=pytest.fail) for root in (whole, parts)]
+    assert [result["skipped"] for result in results] == [2, 2]
+    losses = [row["loss"] for row in read_rows(whole / "metrics.jsonl") if row["step"] in (1, 3)]
+    assert results[0]["curve"][0]["loss"] == pytest.approx(sum(losses) / 2)
+    # An interval without any leaves no result.
+    (failure,) = pool.run(1, run_with_losses_of_nan, str(ruined), (4, 5, 6))
+    assert "dense-seed1 has come to nothing: at step 6 the loss of every step since" in failure
+    assert not (ruined / RESULT).exists() and [row["step"] for row in rows(ruined)] == [3]
+
+
 def test_study_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(plan.STUDIES, "quick", STUDY)
     said: list[str] = []
@@ -134,11 +174,27 @@ def test_study_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     with pytest.raises(ConfigError, match=r"dense-seed1/result\.json cannot be read"):
         recall(request, said.append)
     damaged.write_bytes(whole)
+    # So is another corpus than the one that runs have read.
+    remembered = paths.checksums.read_bytes()
+    paths.checksums.write_text("{}")
+    with pytest.raises(ConfigError, match=r"is not the corpus that the runs of this study have begun with"):
+        recall(request, said.append)
+    paths.checksums.write_bytes(remembered)
+    # And a place that cannot be written is one message.
+    for name in ("results.json.aside", "corpus/facts.jsonl"):
+        (paths.root / name).unlink(missing_ok=True)
+        (paths.root / name).mkdir()
+        with pytest.raises(ConfigError, match=rf"{name} cannot be used \(Is a directory\)"):
+            recall(request, said.append)
+        (paths.root / name).rmdir()
     # Another time nothing is run, and what was lost is drawn again.
     shutil.rmtree(paths.corpus)
     paths.page.unlink()
     monkeypatch.setattr(command, "run_all", lambda planned, *rest, **more: _nothing_to_do(planned))
+    said.clear()
     assert recall(request, said.append) == results and paths.page.exists()
+    # A signal that came when all had been done ended nothing.
+    assert not [line for line in said if "goes on" in line]
 
 
 @pytest.mark.parametrize(
@@ -171,4 +227,4 @@ def _nothing_to_do(planned: list[Planned]) -> Any:
     from mempar.tools.study.schedule import Ending
 
     assert all(one.is_done for one in planned)
-    return Ending(stopped="", failed={})
+    return Ending(stopped="SIGTERM", failed={})

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -11,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from full_disk import full_disk
 from mempar.errors import ConfigError, MemparError
 from mempar.runtime.config import RunConfig
+from mempar.runtime.launch import lock
+from mempar.runtime.launch.lock import RunLock, share_lock
 from mempar.runtime.overrides import load_yaml
 from mempar.tools.study import corpus, schedule
+from mempar.tools.study.directory import needs_room
 from mempar.tools.study.schedule import Ending, Planned, check_ending, run_all
 from mempar.tools.study.variants import Entrant
 
@@ -102,6 +107,89 @@ def test_study_that_is_ended_lets_runs_save_and_goes_on(tmp_path: Path) -> None:
     assert starts(runs) == [2, 1, 1, 1, 1, 1]
 
 
+def test_run_that_is_being_started_at_a_signal_is_told_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runs = planned(tmp_path, "moe", "dense")
+    start, told = Planned.start, []
+
+    def start_and_interrupt(one: Planned) -> subprocess.Popen[bytes]:
+        process = start(one)
+        terminate = process.terminate
+        monkeypatch.setattr(process, "terminate", lambda: (told.append(one.root.name), terminate()))
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(Planned, "start", start_and_interrupt)
+    ending = run_all(runs, 2, keep_models=False, say=print)
+    assert ending == Ending(stopped="SIGTERM", failed={}) and told == ["moe-seed1"]
+    assert not [one for one in runs if one.is_done] and starts(runs)[1] == 0
+
+
+def test_signal_while_the_next_run_is_chosen_lets_runs_save(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Interrupted(list[Planned]):
+        """Looked at when a signal comes."""
+
+        def __bool__(self) -> bool:
+            waits = len(self) > 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            return waits
+
+    class Interrupting(schedule._Schedule):
+        def goes_on(self, jobs: int) -> bool:
+            if self.running and (self.running["moe-seed1"][0].root / "waiting").exists() and not self.stopped:
+                jobs, self.waiting = 2, Interrupted(self.waiting)
+            return super().goes_on(jobs)
+
+    monkeypatch.setattr(schedule, "_Schedule", Interrupting)
+    runs = planned(tmp_path, "moe", "dense")
+    assert run_all(runs, 1, keep_models=False, say=print) == Ending(stopped="SIGTERM", failed={})
+    assert (runs[0].root / "ended").exists() and not [one for one in runs if one.is_done]
+
+
+def test_run_has_one_writer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0.05)
+    runs = planned(tmp_path, "dense", "moe")
+    # A study that was killed has left a run that has not ended yet.
+    runs[1].root.mkdir(parents=True)
+    left = share_lock(runs[1].root)
+    assert left is not None
+    with pytest.raises(ConfigError, match=rf"{runs[1].root} is in use: the ranks of"):
+        run_all(runs, 2, keep_models=False, say=print)
+    left.close()
+    assert starts(runs) == [0, 0]
+    refused: list[str] = []
+
+    def is_refused() -> bool:
+        if not (runs[1].root / "waiting").exists():
+            return False
+        try:
+            with RunLock(runs[1].root, print):
+                return True
+        except ConfigError as error:
+            refused.append(str(error))
+            return True
+
+    watching = stop_when(is_refused)
+    assert run_all(runs, 2, keep_models=False, say=print).stopped == "SIGTERM"
+    watching.join()
+    assert len(refused) == 1 and f"process {os.getpid()} on" in refused[0]
+    with RunLock(runs[1].root, print):
+        pass
+
+
+def test_run_whose_study_is_gone_ends_before_it_begins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (one,) = planned(tmp_path, "dense")
+    one.prepare()
+    process = one.start()
+    process.wait()
+    assert isinstance(process.args, list) and process.args[-2:] == ["--parent", str(os.getpid())]
+    # It would fail for want of a corpus.
+    monkeypatch.setattr(schedule, "_WORKER", "mempar.tools.study.one_run")
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    (one.root / "log").unlink()
+    assert one.start().wait() == 1 and (one.root / "log").read_text() == ""
+
+
 def test_run_of_a_study_that_was_moved_goes_on(tmp_path: Path) -> None:
     before, after = tmp_path / "before", tmp_path / "after"
     data = {root: corpus.data_of(root / "corpus") for root in (before, after)}
@@ -113,6 +201,21 @@ def test_run_of_a_study_that_was_moved_goes_on(tmp_path: Path) -> None:
     other.prepare()
     assert load_yaml(other.root / "config.yaml").data == data[after]
     assert json.loads((other.root / "entrant.json").read_text())["corpus"] == str(after / "corpus")
+
+
+def test_run_whose_directory_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (one,) = planned(tmp_path, "dense")
+    one.prepare()
+    (one.root / "entrant.json").unlink()
+    (one.root / "entrant.json").mkdir()
+    with pytest.raises(ConfigError, match=r"dense-seed1/entrant\.json cannot be used \(Is a directory\)"):
+        one.prepare()
+
+
+def test_full_disk_is_one_message_that_names_the_place(tmp_path: Path) -> None:
+    message = rf"{tmp_path} cannot be used \(File too large\); .* make room"
+    with full_disk(), pytest.raises(ConfigError, match=message), needs_room(tmp_path):
+        (tmp_path / "some").write_bytes(b"content")
 
 
 def test_progress_is_read_from_signs_of_life(tmp_path: Path) -> None:

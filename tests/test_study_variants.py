@@ -7,6 +7,7 @@ import pytest
 from mempar.errors import ConfigError
 from mempar.runtime.config import DataConfig, RunConfig
 from mempar.runtime.size import model_size
+from mempar.tools.study import variants
 from mempar.tools.study.plan import STUDIES, check_variants, study_of
 from mempar.tools.study.settings import Settings
 from mempar.tools.study.variants import PARAMS_TOLERANCE, TOLERANCE, VARIANTS, Entrant, run_of
@@ -65,10 +66,51 @@ def test_flops_that_cannot_be_matched_are_one_message() -> None:
         run_of(Entrant(variant="memory_plus", slots=1 << 20), MICRO, 1, DATA, MICRO.vocab_size)
 
 
+@pytest.mark.parametrize("variant", ["memory_plus", "memory", "peer"])
+def test_table_in_every_block_is_one_message(variant: str) -> None:
+    setting = "memory_plus_layers" if variant == "memory_plus" else "memory_layers"
+    settings = dataclasses.replace(MICRO, **{setting: (0, 1, 2)})
+    message = rf"{variant}-64 has a table in every block \({setting}=\[0, 1, 2\]\): no feed-forward network is left"
+    with pytest.raises(ConfigError, match=message):
+        run_of(Entrant(variant=variant, slots=64), settings, 1, DATA, MICRO.vocab_size)
+
+
+def test_settings_of_a_model_that_takes_no_part_keep_no_other_from_running() -> None:
+    settings = dataclasses.replace(MICRO, memory_plus_layers=(0, 1, 2))
+    run_of(Entrant(variant="memory", slots=64), settings, 1, DATA, MICRO.vocab_size)
+    with pytest.raises(ConfigError, match="memory_plus-64 has a table in every block"):
+        run_of(Entrant(variant="moe", slots=64), settings, 1, DATA, MICRO.vocab_size)
+
+
 def test_experts_that_cannot_have_as_many_parameters_are_one_message() -> None:
     settings = STUDIES["full"].settings
     with pytest.raises(ConfigError, match=r"moe takes at best .* parameters where .* are wanted, at equal FLOPs"):
         run_of(Entrant(variant="moe", slots=16384), settings, 1, DATA, settings.vocab_size)
+
+
+def test_experts_between_whose_steps_a_total_lies_are_told_so() -> None:
+    # With 2 experts this model has too few parameters and with 3 too many: no routers are at fault.
+    settings = STUDIES["large"].settings
+    with pytest.raises(ConfigError, match=r"moe takes at best .* whole experts make steps .* more slots, or fewer"):
+        run_of(Entrant(variant="moe", slots=2304), settings, 1, DATA, settings.vocab_size)
+
+
+def test_peer_that_cannot_have_as_many_parameters_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    entrant = Entrant(variant="peer", slots=144)
+    run_of(entrant, MICRO, 1, DATA, MICRO.vocab_size)
+    # Settings at which squares lie too far apart are far from any that train.
+    monkeypatch.setattr(variants, "PARAMS_TOLERANCE", 0.01)
+    message = r"peer takes at best .* its two tables of 64 slots stand for one of 144, all squares; use more slots"
+    with pytest.raises(ConfigError, match=message):
+        run_of(entrant, MICRO, 1, DATA, MICRO.vocab_size)
+
+
+@pytest.mark.parametrize("slots", [64, 1024, 4096])
+def test_memory_has_the_parameters_of_memory_plus_by_its_flops(slots: int) -> None:
+    settings = STUDIES["full"].settings
+    runs = [run_of(Entrant(variant=name, slots=slots), settings, 1, DATA, 1024) for name in ("memory", "memory_plus")]
+    one, other = (model_size(run, 1024).total_params for run in runs)
+    assert abs(one - other) <= 0.001 * other
 
 
 def test_experts_are_found_beyond_a_step_down() -> None:

@@ -78,6 +78,7 @@ def main(job: Callable[..., None] | None = None) -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--load", type=Path, help="checkpoint to continue from")
     parser.add_argument("--launcher", type=int, default=0, help="process that started this one and tells of failures")
+    parser.add_argument("--parent", type=int, default=0, help="process that started this one, with which it ends")
     parser.add_argument("--launched", type=float, default=0.0, help="seconds since the epoch")
     parser.add_argument("--rank", type=int, default=-1, help="on its node, known before the environment is read")
     parser.add_argument("--first-rank", type=int, default=0, help="of its node, in the world")
@@ -87,7 +88,7 @@ def main(job: Callable[..., None] | None = None) -> int:
     given = parser.parse_args()
     paths = RunDir(given.directory)
     signs = paths.signs(given.attempt)
-    die_with(given.launcher)
+    die_with(given.launcher or given.parent)
     exists = paths.root.is_dir()
     try:
         heartbeat, stopping = Heartbeat(signs if exists else None, given.node), Stopping()

@@ -11,7 +11,7 @@ from mempar.runtime.durable import replace_file
 from mempar.runtime.launch.lock import RunLock
 from mempar.runtime.preflight import check_layout
 from mempar.tools.study import corpus
-from mempar.tools.study.directory import StudyDir
+from mempar.tools.study.directory import StudyDir, needs_room
 from mempar.tools.study.page import write_page
 from mempar.tools.study.plan import Study, study_of
 from mempar.tools.study.results import Result, gather_results, load_results, save_results
@@ -76,14 +76,18 @@ def recall(request: Request, say: Callable[[str], None]) -> list[Result]:
     with RunLock(paths.root, say):
         paths.open(request.size, study.settings)
         say(f"{study.settings.facts:,} facts, {_counted(study)}: {paths.root}")
-        planned = plan_runs(study, paths, corpus.build(paths.corpus, study.settings))
+        with needs_room(paths.corpus):
+            vocab_size = corpus.build(paths.corpus, study.settings)
+            paths.remember(corpus.checksums(paths.corpus))
+        planned = plan_runs(study, paths, vocab_size)
         ending = run_all(planned, jobs, keep_models=request.keep_models, say=say)
         results = gather_results(paths.runs)
         if results:
-            save_results(paths.results, results)
+            with needs_room(paths.results):
+                save_results(paths.results, results)
             _draw(paths, results, say)
-    if ending.stopped:
-        done = sum(one.is_done for one in planned)
+    done = sum(one.is_done for one in planned)
+    if ending.stopped and done < len(planned):
         say(f"ended by {ending.stopped} with {done} of {len(planned)} runs done; the same command goes on")
     check_ending(ending)
     return results

@@ -8,21 +8,24 @@ Every pass tells every fact once, in the next of its wordings, in a new order; n
 company. The files are the same for the same settings and the same version of Unicode.
 """
 
+import hashlib
 import itertools
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mempar.errors import ConfigError
-from mempar.runtime.config import DataConfig
+from mempar.runtime.config import DataConfig, RunConfig
 from mempar.runtime.data.encoders import Encoder, load_encoder
 from mempar.runtime.data.manifest import read_manifest
 from mempar.runtime.data.tokenizer import TokenizerSpec
 from mempar.runtime.durable import replace_file
+from mempar.runtime.preflight import check_data
 from mempar.tools.prepare.encoding import Encoded
 from mempar.tools.prepare.manifest import command_of, describe
 from mempar.tools.prepare.partial import Partial, partial_directory
@@ -56,7 +59,9 @@ def build(directory: Path, settings: Settings) -> int:
         Tokens of its tokenizer.
 
     Raises:
-        ConfigError: when there are not so many facts, a sentence is longer than a document, or a package is missing.
+        ConfigError: when there are not so many facts, a sentence is longer than a document, a package is missing, or
+            what is there is damaged.
+        OSError: when it cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     facts = draw_facts(settings.facts, settings.fact_seed)
@@ -64,17 +69,51 @@ def build(directory: Path, settings: Settings) -> int:
     spec = TokenizerSpec("hf", str(directory / TOKENIZER))
     if not (directory / TOKENIZER / "tokenizer.json").exists():
         train_tokenizer([text.question + text.answer for text in texts], settings.vocab_size, directory / TOKENIZER)
-    encoder = load_encoder(spec)
+    with _sound(directory):
+        encoder = load_encoder(spec)
     asked = [Asked(fact=fact, wording=held_out(fact, settings.fact_seed)) for fact in facts]
-    replace_file(directory / FACTS, "".join(map(_line, asked)).encode())
-    if read_manifest(directory / TRAIN) is None:
+    facts_file, content = directory / FACTS, "".join(map(_line, asked)).encode()
+    if not facts_file.exists():
+        replace_file(facts_file, content)
+    elif facts_file.read_bytes() != content:
+        raise _damaged(directory, f"{facts_file} holds other facts than these settings make")
+    with _sound(directory):
+        missing = read_manifest(directory / TRAIN) is None
+    if missing:
         _write(directory / TRAIN, spec, encoder, settings, facts)
+    with _sound(directory):
+        check_data(RunConfig(data=data_of(directory)))
     return encoder.vocab_size
+
+
+@contextmanager
+def _sound(directory: Path) -> Iterator[None]:
+    """Say of a file that is not as it was written what to do about it here."""
+    try:
+        yield
+    except ConfigError as error:
+        raise _damaged(directory, str(error).partition(";")[0]) from None
+
+
+def _damaged(directory: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"the corpus of the study is damaged: {what}; all runs read what was once written; delete {directory}, and the "
+        "same command makes it again."
+    )
 
 
 def data_of(directory: Path) -> DataConfig:
     """What a run takes its tokens from."""
     return DataConfig(paths=(str(directory / TRAIN),), tokenizer=f"hf:{directory / TOKENIZER}")
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """What tells this corpus from another, by the names of its files; it has been built."""
+    manifest = read_manifest(directory / TRAIN)
+    assert manifest is not None
+    files = (FACTS, f"{TOKENIZER}/tokenizer.json")
+    found = {name: f"sha256:{hashlib.sha256((directory / name).read_bytes()).hexdigest()}" for name in files}
+    return found | {f"{TRAIN}.bin": f"xxh3_128:{manifest.bin.xxh3_128}"}
 
 
 def load_asked(directory: Path) -> list[Asked]:

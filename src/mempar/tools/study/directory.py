@@ -1,6 +1,7 @@
 """The directory of a study, which the same command goes on with.
 
 study.json     settings, and what the facts depend on: another study is refused
+corpus.json    checksums of the corpus that runs have begun with: another one is refused
 corpus/        facts, tokenizer and training data (`corpus.py`)
 runs/NAME/     of each run: config.yaml, log, curve.jsonl, times.jsonl, and result.json when it is done
 results.json   one object a run that is done
@@ -9,6 +10,8 @@ report.html, plots.png, summary.txt   what they show
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ class StudyDir:
         self.root = root
         self.description = root / "study.json"
         self.corpus = root / "corpus"
+        self.checksums = root / "corpus.json"
         self.runs = root / "runs"
         self.results = root / "results.json"
         self.page = root / "report.html"
@@ -86,6 +90,27 @@ class StudyDir:
         except OSError as error:
             raise self._unusable(error) from None
 
+    def remember(self, checksums: dict[str, str]) -> None:
+        """Keep checksums of the corpus, or see that they are those of the one that runs have begun with.
+
+        Args:
+            checksums: of the corpus that is there, by names of files; a study that has none of before goes on.
+
+        Raises:
+            ConfigError: when it is another corpus.
+            OSError: when they cannot be written.
+        """
+        if self.begun and self.checksums.exists():
+            before = _mapping({"files": read_json(self.checksums)}, "files")
+            differing = [name for name in checksums if before.get(name) != checksums[name]]
+            if differing:
+                raise ConfigError(
+                    f"{self.corpus} is not the corpus that the runs of this study have begun with: "
+                    f"{', '.join(differing)} differ{'s' * (len(differing) == 1)}; all runs of a study learn from the "
+                    "same; go on with the versions of mempar and its packages that began it, or choose another --out."
+                )
+        replace_file(self.checksums, (json.dumps(checksums, indent=1) + "\n").encode())
+
     def _check_same(self, wanted: dict[str, Any]) -> None:
         differing = _differences(read_json(self.description), wanted)
         if differing:
@@ -115,6 +140,25 @@ def _differences(found: Any, wanted: dict[str, Any]) -> list[str]:
         for name in dict.fromkeys((*now, *before))
         if before.get(name) != now.get(name)
     ]
+
+
+@contextmanager
+def needs_room(path: Path) -> Iterator[None]:
+    """Turn a failure of what is done in a study's directory into the message about it.
+
+    Args:
+        path: where it is done, in case that the system does not say.
+
+    Raises:
+        ConfigError: naming the file and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or path} cannot be used ({error.strerror or error}); a study keeps all that it makes in "
+            "its directory; make room or see to the disk, and the same command goes on."
+        ) from None
 
 
 def read_json(path: Path) -> Any:

@@ -1,6 +1,7 @@
 """What a run of a study knows, from step to step: asked while it trains, written down row by row, and as a result."""
 
 import json
+import math
 import random
 import statistics
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mempar.errors import MemparError
 from mempar.runtime.config import RunConfig
 from mempar.runtime.data.encoders import load_encoder
 from mempar.runtime.data.tokenizer import parse_spec, vocab_size
@@ -49,13 +51,19 @@ class Examination:
         replace_file(curve, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         # Those of the interval in which a run was interrupted count in it.
         since = self.rows[-1]["step"] if self.rows else 0
+        # Of steps whose loss is not finite, which change nothing, there is none: here as in `after_step`.
         metrics = read_rows(trainer.directory.metrics)
         self._losses = [row["loss"] for row in metrics if row["step"] > since and row.get("loss") is not None]
         clock.go_on()
 
     def after_step(self, report: StepReport) -> None:
-        """Note a training step's loss, and ask if it is time to."""
-        self._losses.append(report.loss)
+        """Note a training step's loss, and ask if it is time to.
+
+        Raises:
+            MemparError: when no loss since the last time is finite, or that of the answers is not.
+        """
+        if math.isfinite(report.loss):
+            self._losses.append(report.loss)
         self._clock.note(self.trainer.progress.step)
         step, last = self.trainer.progress.step, self.trainer.run.train.steps
         if step == last or step % self.entrant["evaluation_interval"] == 0:
@@ -64,6 +72,12 @@ class Examination:
     def _examine(self, step: int, *, whole: bool) -> None:
         places = range(len(self.asked)) if whole else self.some
         recall = ask(self.forward, [self.questions[place] for place in places])
+        if not self._losses or not math.isfinite(recall.loss):
+            whose = "of the answers" if self._losses else "of every step since the last evaluation"
+            raise MemparError(
+                f"{self.trainer.run.name} has come to nothing: at step {step} the loss {whose} is not finite; a result "
+                "is made of finite losses; study with a lower lr, lr_of or values_lr."
+            )
         row = {
             "step": step,
             "accuracy": recall.accuracy,
@@ -77,7 +91,7 @@ class Examination:
             row["by_kind"] = _by_kind([self.asked[place] for place in places], recall)
         self.rows.append(row)
         with self._curve.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
         self._losses = []
         self._clock.go_on()
 
@@ -106,12 +120,13 @@ class Examination:
             "flops_per_token": size.flops_per_token,
             "steps": last["step"],
             "tokens": self.trainer.progress.tokens,
+            "skipped": self.trainer.progress.skipped,
             **{name: value for name, value in last.items() if name != "step"},
             "device": self.trainer.world.device.type,
             "model": _model(run),
             "curve": self.rows,
         }
-        replace_file(path, (json.dumps(result) + "\n").encode())
+        replace_file(path, (json.dumps(result, allow_nan=False) + "\n").encode())
 
 
 def _model(run: RunConfig) -> dict[str, Any]:

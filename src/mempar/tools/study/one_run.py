@@ -38,6 +38,9 @@ def train_and_examine(paths: RunDir, stopping: Stopping, heartbeat: Heartbeat) -
         paths: of the run.
         stopping: what signals to this process ask for; a run that is stopped has no result.
         heartbeat: signs of life.
+
+    Raises:
+        MemparError: when losses are not finite any more.
     """
     from mempar.runtime import bringup
     from mempar.runtime.overrides import load_yaml

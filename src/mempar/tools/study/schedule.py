@@ -6,12 +6,13 @@ checkpoint when the study does. A run that fails keeps nobody else from running.
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +23,11 @@ from mempar.errors import MemparError
 from mempar.runtime.config import RunConfig
 from mempar.runtime.durable import replace_file
 from mempar.runtime.launch.heartbeat import read_signs
+from mempar.runtime.launch.lock import RunLock
 from mempar.runtime.launch.stopping import heed_signals
 from mempar.runtime.overrides import load_yaml, to_yaml
 from mempar.runtime.run_dir import RunDir, open_existing
+from mempar.tools.study.directory import needs_room
 from mempar.tools.study.one_run import ENTRANT, RESULT
 from mempar.tools.study.variants import Entrant
 
@@ -74,7 +77,10 @@ class Planned:
         Raises:
             ConfigError: when it holds another one, or cannot be written.
         """
-        paths = RunDir(self.root)
+        with needs_room(self.root):
+            self._prepare(RunDir(self.root))
+
+    def _prepare(self, paths: RunDir) -> None:
         if paths.config.exists():
             # The study's own corpus, wherever it lies now: the study has made sure that it is the same.
             found = dataclasses.replace(load_yaml(paths.config), data=self.run.data)
@@ -95,7 +101,7 @@ class Planned:
         with (self.root / _LOG).open("ab") as log:
             # A session of its own: ^C reaches the study alone, which passes it on.
             return subprocess.Popen(
-                ["env", *_ENVIRONMENT, sys.executable, "-m", _WORKER, str(self.root)],
+                ["env", *_ENVIRONMENT, sys.executable, "-m", _WORKER, str(self.root), "--parent", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -141,48 +147,58 @@ def run_all(planned: Sequence[Planned], jobs: int, *, keep_models: bool, say: Ca
         say: prints a line.
 
     Raises:
-        ConfigError: when a run's directory holds another run; nothing has been started then.
+        ConfigError: when a run's directory holds another run, or another process writes there; nothing has been
+            started then.
         KeyboardInterrupt: at the second SIGINT.
     """
-    schedule = _Schedule(planned, keep_models, say)
-    with heed_signals(schedule.stop), _showing(planned) as show:
-        try:
-            while schedule.goes_on(jobs):
-                show(schedule.running)
-                time.sleep(_POLL_SECONDS)
-        finally:
-            schedule.kill()
+    with ExitStack() as locks:
+        schedule = _Schedule(planned, keep_models, say, locks)
+        with heed_signals(schedule.stop), _showing(planned) as show:
+            try:
+                while schedule.goes_on(jobs):
+                    show(schedule.running)
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                schedule.kill()
     return Ending(stopped=schedule.stopped, failed=schedule.failed)
 
 
 class _Schedule:
     """Which runs wait, which are running, and which have failed."""
 
-    def __init__(self, planned: Sequence[Planned], keep_models: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, planned: Sequence[Planned], keep_models: bool, say: Callable[[str], None], locks: ExitStack
+    ) -> None:
         self.waiting = [one for one in planned if not one.is_done]
-        # All of them before any is started.
+        # All of them before any is started. A study that was killed may have left a run that still ends, and nobody
+        # else is to go on with one until all have ended. Of a file system without locks the study's own lock tells.
         for one in self.waiting:
+            locks.enter_context(RunLock(one.root, lambda said: None))
             one.prepare()
         self.running: dict[str, tuple[Planned, subprocess.Popen[bytes]]] = {}
         self.failed: dict[str, str] = {}
-        self.stopped = ""
+        self.stopped, self._told = "", False
         self._total, self._keep, self._say = len(planned), keep_models, say
         self._done = self._total - len(self.waiting)
 
     def stop(self, signal_name: str) -> None:
-        """Start no more runs, and let the running ones save and end."""
+        """Note a signal, and nothing else: it comes between any two instructions; `goes_on` does what follows."""
         self.stopped = self.stopped or signal_name
-        self.waiting = []
-        for _, process in self.running.values():
-            process.terminate()
 
     def goes_on(self, jobs: int) -> bool:
-        """See who has ended and start others in their place; whether anything is left to wait for."""
+        """See who has ended and start others in their place; whether anything is left to wait for.
+
+        After a signal nobody is started, and the running ones are told once to save and end.
+        """
         for name, (one, process) in list(self.running.items()):
             if process.poll() is not None:
                 del self.running[name]
                 self._ended(one, process.returncode)
-        while self.waiting and len(self.running) < jobs:
+        if self.stopped and not self._told:
+            self._told = True
+            for _, process in self.running.values():
+                process.terminate()
+        while self.waiting and len(self.running) < jobs and not self.stopped:
             one = self.waiting.pop(0)
             self.running[one.root.name] = (one, one.start())
         return bool(self.running)

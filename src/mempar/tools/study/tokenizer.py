@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mempar.errors import ConfigError
 from mempar.runtime.data.tokenizer import TokenizerSpec
+from mempar.runtime.durable import replace_file
 
 END = "<|endoftext|>"
 _PRINTABLE = [chr(code) for code in range(ord(" "), ord("~") + 1)]
@@ -29,6 +30,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, directory: Path) -> Token
 
     Raises:
         ConfigError: when the package `tokenizers` is missing, or there is no room for the letters.
+        OSError: when it cannot be written; nothing of it is there then.
     """
     fewest = len(_PRINTABLE) + 1
     if vocab_size < fewest:
@@ -50,5 +52,5 @@ def train_tokenizer(texts: list[str], vocab_size: int, directory: Path) -> Token
     )
     tokenizer.train_from_iterator(texts, trainer)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    replace_file(directory / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     return spec

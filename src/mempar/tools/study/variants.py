@@ -28,7 +28,8 @@ DENSE, TWICE, MOE, PEER, MEMORY, MEMORY_PLUS = VARIANTS = (
 WITHOUT_SLOTS = (DENSE, TWICE)
 # FLOPs a token may differ by so much from what they are matched to.
 TOLERANCE = 0.02
-# And parameters of experts.
+# And parameters of experts and of PEER. Memory needs no look: its table is Memory+'s, and beside a table equal FLOPs
+# are equal numbers of weights.
 PARAMS_TOLERANCE = 0.05
 _EXPERTS_OF_A_TOKEN = 2
 
@@ -74,15 +75,13 @@ def _matched_run(entrant: Entrant, settings: Settings, dense: RunConfig, vocab_s
         return dense
     if entrant.variant == TWICE:
         return _twice(dense, 2 * target, vocab_size)
-    memory = _with_memory(dense, settings, MEMORY_PLUS, math.isqrt(entrant.slots))
-    memory = _matched(lambda width: _with_ffn(memory, width), target, vocab_size, entrant)
-    if entrant.variant == MOE:
-        return _experts(dense, settings, target, _params(memory, vocab_size), vocab_size)
-    num_subkeys = math.isqrt(entrant.slots)
-    if entrant.variant == PEER:
-        # Two tables.
-        num_subkeys = round(num_subkeys / math.sqrt(2))
-    run = _with_memory(dense, settings, entrant.variant, num_subkeys)
+    if entrant.variant in (MOE, PEER):
+        same = Entrant(variant=MEMORY_PLUS, slots=entrant.slots)
+        total = _params(_matched_run(same, settings, dense, vocab_size), vocab_size)
+        if entrant.variant == MOE:
+            return _experts(dense, settings, target, total, vocab_size)
+        return _peer(entrant, dense, settings, target, total, vocab_size)
+    run = _with_memory(dense, settings, entrant.variant, math.isqrt(entrant.slots))
     return _matched(lambda width: _with_ffn(run, width), target, vocab_size, entrant)
 
 
@@ -140,6 +139,32 @@ def _twice(dense: RunConfig, target: int, vocab_size: int) -> RunConfig:
     return _matched(lambda width: _with_ffn(dense, width), target, vocab_size, Entrant(variant=TWICE))
 
 
+def _peer(
+    entrant: Entrant, dense: RunConfig, settings: Settings, target: int, total: int, vocab_size: int
+) -> RunConfig:
+    """PEER, whose two tables hold together what Memory+'s one does, or nearly: both are squares.
+
+    Raises:
+        ConfigError: when parameters do not come near a total.
+    """
+    num_subkeys = round(math.sqrt(entrant.slots / 2))
+    run = _with_memory(dense, settings, PEER, num_subkeys)
+    run = _matched(lambda width: _with_ffn(run, width), target, vocab_size, entrant)
+    squares = f"its two tables of {num_subkeys * num_subkeys:,} slots stand for one of {entrant.slots:,}, all squares"
+    _check_params(run, total, vocab_size, f"{squares}; use more slots, where squares lie closer")
+    return run
+
+
+def _check_params(run: RunConfig, total: int, vocab_size: int, why: str) -> None:
+    """Refuse a model that does not come near a number of parameters."""
+    found = _params(run, vocab_size)
+    if abs(found - total) > PARAMS_TOLERANCE * total:
+        variant = MOE if run.moe.num_experts else run.memory.variant
+        raise ConfigError(
+            f"{variant} takes at best {found:,} parameters where {total:,} are wanted, at equal FLOPs: {why}."
+        )
+
+
 def _experts(dense: RunConfig, settings: Settings, target: int, total: int, vocab_size: int) -> RunConfig:
     """Experts in all blocks, as many as bring the parameters nearest to a total.
 
@@ -155,21 +180,19 @@ def _experts(dense: RunConfig, settings: Settings, target: int, total: int, voca
         return _matched(lambda width: _with_experts_of(run, width), target, vocab_size, Entrant(variant=MOE))
 
     best = with_experts(_EXPERTS_OF_A_TOKEN)
+    why = "whole experts make steps that are too large; use more slots, or fewer"
     for number in range(_EXPERTS_OF_A_TOKEN + 1, total):
         try:
             found = with_experts(number)
         except ConfigError:
             # The router alone takes more FLOPs than there are.
+            why = "routers of more experts cost more than the experts then may; use fewer slots, or a wider dense model"
             break
         best = min(best, found, key=lambda run: abs(_params(run, vocab_size) - total))
         # Not where they first fall: whole widths make steps down on the way up.
         if _params(found, vocab_size) >= total:
             break
-    if abs(_params(best, vocab_size) - total) > PARAMS_TOLERANCE * total:
-        raise ConfigError(
-            f"moe takes at best {_params(best, vocab_size):,} parameters where {total:,} are wanted, at equal FLOPs: "
-            "routers of more experts cost more than the experts then may; use fewer slots, or a wider dense model."
-        )
+    _check_params(best, total, vocab_size, why)
     return best
 
 
@@ -182,8 +205,18 @@ def _params(run: RunConfig, vocab_size: int) -> int:
 
 
 def _matched(of_width: Callable[[int], RunConfig], target: int, vocab_size: int, entrant: Entrant) -> RunConfig:
-    """The run of the width whose FLOPs a token come nearest to a target: they grow linearly with it."""
+    """The run of the width whose FLOPs a token come nearest to a target: they grow linearly with it.
+
+    Raises:
+        ConfigError: when they do not come near, or no width changes them.
+    """
     few, more = (model_size(of_width(width), vocab_size).flops_per_token for width in (1, 2))
+    if few == more:
+        setting = "memory_plus_layers" if entrant.variant == MEMORY_PLUS else "memory_layers"
+        raise ConfigError(
+            f"{entrant} has a table in every block ({setting}={list(of_width(1).memory.layers)}): no "
+            "feed-forward network is left whose width could make up for its FLOPs; leave a block without a table."
+        )
     run = of_width(max(1, 1 + round((target - few) / (more - few))))
     found = model_size(run, vocab_size).flops_per_token
     if abs(found - target) > TOLERANCE * target:
