@@ -59,7 +59,7 @@ class Study:
 
 
 STUDIES = {
-    "quick": Study(settings=Settings(facts=2000, steps=2000), slots=(4096, 65536), matched_slots=4096, num_seeds=1),
+    "quick": Study(settings=Settings(facts=2000, steps=1600), slots=(4096, 65536), matched_slots=4096, num_seeds=1),
     "full": Study(settings=Settings(facts=4000, steps=5000), slots=(1024, 4096, 16384, 65536), matched_slots=4096),
     # Rates and widths are those of larger models as they are usually trained: nobody has tuned them for this.
     "large": Study(
