@@ -107,7 +107,8 @@ def test_damaged_checkpoints_are_refused_and_named(cache: str, tmp_path: Path) -
     trained = program("train", "smoke", *run)
     assert trained.returncode == 0, trained.stderr
     saved = tmp_path / "run" / "checkpoints" / "step_00000002"
-    assert "is whole: step 2," in program("verify", str(saved)).stdout
+    # A run stands for its newest checkpoint.
+    assert "step_00000002 is whole: step 2," in program("verify", str(tmp_path / "run")).stdout
     (damaged, *_) = (saved / "tables" / "memory.values.exp_avg").iterdir()
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])

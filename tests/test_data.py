@@ -209,7 +209,7 @@ def test_samples_are_refused_when_data_is_shorter_than_one(tmp_path: Path) -> No
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 @pytest.mark.parametrize("kind", ["paths", "heldout_paths"])
 def test_missing_file_is_named_with_the_command_that_makes_it(prefix: str, suffix: str, kind: str) -> None:
-    other = write(Path(prefix).with_name("other"), [[[1, 2, 3]]])
+    other = write(Path(prefix).with_name("other"), [[list(range(LENGTH + 1))]])
     data = DataConfig(paths=(prefix,))
     run = replace(RUN, data=replace(data, **{kind: (*getattr(data, kind), other)}))
     check_data(run)
@@ -218,6 +218,17 @@ def test_missing_file_is_named_with_the_command_that_makes_it(prefix: str, suffi
         check_data(run)
     assert str(caught.value).startswith(f"{other}{suffix} does not exist")
     assert f"mempar prepare INPUT... --tokenizer byte --out {other}" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["paths", "heldout_paths"])
+def test_data_of_less_than_a_sample_are_refused_before_a_run_is_made(prefix: str, tmp_path: Path, kind: str) -> None:
+    small = write(tmp_path / "small", [[list(range(LENGTH))]])
+    data = DataConfig(paths=(prefix,))
+    run = replace(RUN, data=replace(data, **{kind: (*getattr(data, kind), small)}))
+    with pytest.raises(ConfigError, match=f"small holds {LENGTH} tokens, fewer than one sample"):
+        check_data(replace(run, train=replace(run.train, heldout_samples=1 if kind == "heldout_paths" else 0)))
+    if kind == "heldout_paths":
+        check_data(replace(run, train=replace(run.train, heldout_samples=0)))
 
 
 def test_empty_paths_and_unknown_tokenizers_are_refused() -> None:

@@ -192,7 +192,10 @@ def test_command_says_and_writes_what_the_harness_found(toy: Toy, tmp_path: Path
     [
         ("toy_choises", "toy_choises is not known: the nearest are toy_choices"),
         ("toy_unsafe", "toy_unsafe: such tasks run programs .* give --allow-code"),
-        ("toy_fetched", r"cannot be fetched .* load_dataset\('nobody/nothing', 'main'\)"),
+        (
+            "toy_fetched",
+            r"cannot be fetched .* \(nobody/nothing\), .* run the same command once",
+        ),
         ("toy_wrong", r"toy_wrong cannot be loaded \(.*mend it"),
         (",", "names nothing"),
     ],

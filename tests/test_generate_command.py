@@ -174,6 +174,14 @@ def test_bad_checkpoints_are_one_message(saved: Path, main: Main, tmp_path: Path
     status, _, err = main(tmp_path, "--prompt", "a")
     assert status == 2 and "is no checkpoint: it holds neither manifest.json nor checkpoints" in err
     (tmp_path / "text").write_bytes(b"\xff")
+    status, _, err = main(tmp_path / "text", "--prompt", "a")
+    assert status == 2 and "is no checkpoint: it is a file" in err
+    status, _, err = main(tmp_path / "text" / "a", "--prompt", "a")
+    assert status == 2 and "is no checkpoint" in err
+    (tmp_path / "step_00000007").mkdir()
+    (tmp_path / "step_00000007" / "manifest.json").touch()
+    status, _, err = main(tmp_path, "--prompt", "a")
+    assert status == 2 and "is no checkpoint: it holds checkpoints, such as step_00000007" in err
     status, _, err = main(saved, "--prompt-file", tmp_path / "text")
     assert status == 2 and "it is not UTF-8" in err
     # Its tokenizer is elsewhere, or it has none of the words of the one that is named.

@@ -18,7 +18,7 @@ from mempar.tools.page.bins import by_powers, powers, range_label
 from mempar.tools.page.document import embedded_json, render_document
 from mempar.tools.page.heat import LEVELS, level_of, paint_heat
 from mempar.tools.page.picture import draw_picture
-from mempar.tools.page.plot import Plot, byte_count, milliseconds, share, short
+from mempar.tools.page.plot import LONGEST_NAME, Plot, byte_count, milliseconds, share, short
 from mempar.tools.page.svg import INK, draw
 from mempar.tools.page.tables import data_table, pairs_table, settings_folded, tiles
 from page_reader import HOSTILE, read_page
@@ -57,6 +57,12 @@ def test_figures_of_titles_have_units() -> None:
     assert [byte_count(number) for number in (12, 1500, 2.5e6, 7e9)] == ["12 bytes", "1.5 kB", "2.5 MB", "7 GB"]
     assert [share(part) for part in (0.0, 0.012, 0.5)] == ["0%", "1.2%", "50%"]
     assert len(short("x" * 99)) == 28 and short("a\nb") == "a?b"
+
+
+def test_names_that_are_cut_keep_their_quotes() -> None:
+    assert short("a name") == "a name" and short("x" * 99) == "x" * (LONGEST_NAME - 1) + "…"
+    quoted = short('"' + "x" * 99 + '"')
+    assert quoted.startswith('"x') and quoted.endswith('x…"') and len(quoted) == LONGEST_NAME
 
 
 def test_page_has_its_parts_and_one_script() -> None:

@@ -73,7 +73,9 @@ def train(
 
 
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoints/step_XXXXXXXX directory.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run (its newest checkpoint), or a checkpoints/step_XXXXXXXX directory.")
+    ],
     other: Annotated[Path | None, typer.Argument(help="Another one, of any layout, to compare it with.")] = None,
 ) -> None:
     """Check that a checkpoint is whole, or that two hold the same weights and optimizer state.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mempar.errors import ConfigError
 from mempar.runtime.config import RunConfig
-from mempar.runtime.data.check import check_files
+from mempar.runtime.data.check import check_files, check_lengths
 from mempar.runtime.data.tokenizer import parse_spec
 from mempar.runtime.placement import place, resolve
 
@@ -54,6 +54,7 @@ def check_data(run: RunConfig) -> None:
                     f"--out {path}`."
                 )
     check_files(run)
+    check_lengths(run)
     if run.train.heldout_samples and not run.data.heldout_paths:
         raise ConfigError(
             f"train.heldout_samples={run.train.heldout_samples} with no data.heldout_paths; a held-out loss needs "

@@ -6,6 +6,7 @@ what was read; two checkpoints are the same when their tensors' digests are, wha
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mempar.memory.digest import digest_box
 from mempar.runtime.checkpoint.manifest import HISTORY, WEIGHTS, Manifest, NoCheckpointError, Piece, read_manifest
 from mempar.runtime.checkpoint.names import canonical, parameter_of_master
 from mempar.runtime.checkpoint.reading import Reader
+from mempar.runtime.inference.checkpoint import newest_checkpoint
 from mempar.tools.bars import byte_bars
 
 _THREADS = 2
@@ -44,7 +46,7 @@ def verify(checkpoint: Path, other: Path | None, say: Callable[[str], None]) -> 
     """Read one checkpoint or two, and say what was found.
 
     Args:
-        checkpoint: a directory written by a run, or by `mempar convert`.
+        checkpoint: a directory written by a run, or by `mempar convert`; or a run's own, for its newest.
         other: what to compare it with.
         say: prints a line.
 
@@ -121,6 +123,9 @@ def examine(manifest: Manifest, advance: Callable[[int], None]) -> Findings:
 
 def _open(path: Path) -> Manifest:
     """Read a manifest; what is damaged about a checkpoint before its tensors are read is damage, not bad input."""
+    with suppress(OSError):
+        # A run stands for its newest one; why a path cannot be looked into is said below.
+        path = newest_checkpoint(path) or path
     try:
         return read_manifest(path)
     except CheckpointError as error:

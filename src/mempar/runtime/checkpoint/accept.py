@@ -51,7 +51,8 @@ def check_same_data(manifest: Manifest, run: RunConfig) -> None:
     if differing:
         raise ConfigError(
             f"{manifest.root} was written by a run on other data: {'; '.join(differing)}; --resume continues the same "
-            "data at the sample where the run stopped; give it those data, or start a new run with --from."
+            "data at the sample where the run stopped; repeat the settings of data that it was started with, or "
+            "start a new run with --from."
         )
 
 

@@ -232,8 +232,7 @@ def check_file(root: Path, record: FileRecord) -> None:
 def damaged(path: Path, why: str) -> DamagedError:
     """What is said of a damaged file."""
     return DamagedError(
-        f"{path} is damaged: {why}; a checkpoint is used whole or not at all; use another one, with --from, or restore "
-        "the file."
+        f"{path} is damaged: {why}; a checkpoint is used whole or not at all; use another one, or restore the file."
     )
 
 

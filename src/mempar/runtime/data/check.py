@@ -45,6 +45,35 @@ def check_files(run: RunConfig) -> None:
             _check_prepared(path, manifest, spec)
 
 
+def check_lengths(run: RunConfig) -> None:
+    """Refuse .bin/.idx pairs that a run reads, and that have less than one of its samples.
+
+    Raises:
+        ConfigError: when they do.
+    """
+    for path in (*run.data.paths, *(run.data.heldout_paths if run.train.heldout_samples else ())):
+        manifest = read_manifest(path)
+        check_length(path, read_index(path).tokens if manifest is None else manifest.tokens, run.train.seq_length)
+
+
+def check_length(path: str, tokens: int, seq_length: int) -> None:
+    """Refuse data of which not one sample can be made.
+
+    Args:
+        path: of the data, for the message.
+        tokens: in all.
+        seq_length: of a sample, whose last label is one more.
+
+    Raises:
+        ConfigError: when they are too few.
+    """
+    if tokens <= seq_length:
+        raise ConfigError(
+            f"{path} holds {tokens} tokens, fewer than one sample of train.seq_length={seq_length} and its last label; "
+            "use more data or shorter sequences."
+        )
+
+
 def data_identity(run: RunConfig) -> dict[str, dict[str, int | str]]:
     """What is in the data of a run, wherever they lie: for checkpoints to remember.
 
@@ -63,16 +92,17 @@ def identity_differences(saved: dict[str, dict[str, Any]], now: dict[str, dict[s
     """Compare two results of `data_identity`; what only one of them knows is not compared.
 
     Returns:
-        A phrase for each difference; none if the data are the same.
+        A phrase for each path whose data differ: the first of their figures that does, of which sizes are said before
+        checksums. None if the data are the same.
     """
     if len(saved) != len(now):
         return [f"data.paths are {len(saved)} there and {len(now)} here"]
-    return [
-        f"{name} has {key} {saved[name][key]} there and {now[name][key]} here"
-        for name in saved
-        for key in saved[name].keys() & now.get(name, {}).keys()
-        if saved[name][key] != now[name][key]
-    ]
+    found = []
+    for name, before in saved.items():
+        here = now.get(name, {})
+        differing = [key for key in here if key in before and before[key] != here[key]]
+        found += [f"{name} has {key} {before[key]} there and {here[key]} here" for key in differing[:1]]
+    return found
 
 
 def _identity(path: str) -> dict[str, int | str]:

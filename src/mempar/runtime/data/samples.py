@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mempar.errors import ConfigError
 from mempar.runtime import mcore
 from mempar.runtime.config import RunConfig
 from mempar.runtime.data.batch_plan import plan_batch
 from mempar.runtime.data.blend import Blend
-from mempar.runtime.data.check import check_tokens
+from mempar.runtime.data.check import check_length, check_tokens
 from mempar.runtime.data.tokenizer import MegatronTokenizer, vocab_size
 
 
@@ -65,12 +64,7 @@ class Samples:
 def _one_pass(run: RunConfig, path: str, seed: int) -> Any:
     """One epoch of a .bin/.idx pair as fixed-length samples, through Megatron's GPTDataset."""
     indexed = mcore.IndexedDataset(path)
-    tokens = int(indexed.sequence_lengths.sum())
-    if tokens <= run.train.seq_length:
-        raise ConfigError(
-            f"{path} holds {tokens} tokens, fewer than one sample of train.seq_length={run.train.seq_length} and its "
-            "last label; use more data or shorter sequences."
-        )
+    check_length(path, int(indexed.sequence_lengths.sum()), run.train.seq_length)
     config = mcore.GPTDatasetConfig(
         random_seed=seed,
         sequence_length=run.train.seq_length,

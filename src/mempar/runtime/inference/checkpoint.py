@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mempar.errors import ConfigError
 from mempar.runtime.checkpoint.manifest import MANIFEST, not_read
+from mempar.runtime.checkpoint.retention import checkpoints_in
 from mempar.runtime.run_dir import RunDir
 
 
@@ -20,7 +21,7 @@ def find_checkpoint(path: Path) -> Path:
         CheckpointError: when it cannot be looked into.
     """
     try:
-        found = _newest(path)
+        found = newest_checkpoint(path)
         if found is not None:
             return found
         why = _why_none(path)
@@ -34,15 +35,24 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
-def _newest(path: Path) -> Path | None:
+def newest_checkpoint(path: Path) -> Path | None:
+    """A checkpoint itself, or the newest of a run's directory; None for anything else.
+
+    Raises:
+        OSError: when it cannot be looked into.
+    """
     return path if (path / MANIFEST).is_file() else RunDir(path).latest_checkpoint()
 
 
 def _why_none(path: Path) -> str:
     if not path.exists():
         return "there is nothing of this name"
+    if not path.is_dir():
+        return "it is a file"
     if RunDir(path).config.is_file():
         return "this run has saved no checkpoint yet"
     if (path / "config.json").is_file():
         return "it looks like a model of Hugging Face's: `mempar convert` makes a checkpoint of it"
+    if held := checkpoints_in(path):
+        return f"it holds checkpoints, such as {held[-1].name}"
     return f"it holds neither {MANIFEST} nor checkpoints"

@@ -161,7 +161,7 @@ def _unknown(name: str, known: Sequence[str], folders: Sequence[Path]) -> Config
     near = difflib.get_close_matches(name, known, n=_NUM_NEAR, cutoff=0.6)
     near += [one for one in known if name and one.startswith(name) and one not in near][: _NUM_NEAR - len(near)]
     hint = f"the nearest are {', '.join(near)}" if near else "none has a name like it"
-    place = f" and {', '.join(str(folder) for folder in folders)}" if folders else ""
+    place = f" and those in {', '.join(str(folder) for folder in folders)}" if folders else ""
     return ConfigError(
         f"--tasks {name} is not known: {hint}; tasks are those of lm-evaluation-harness, our `{GROUP}`{place}; correct "
         "the name, or name a directory of your own with --task-dir."
@@ -184,15 +184,11 @@ def _not_loaded(error: Exception, names: Sequence[str], settings: Sequence[dict[
             f"--tasks {','.join(names)} cannot be loaded ({type(error).__name__}: {reason}); a task's YAML says where "
             "its data are and how they become questions; mend it, or leave that task out."
         )
-    sets = dict.fromkeys((str(task["dataset_path"]), task.get("dataset_name")) for task in away)
-    calls = [f"load_dataset({path!r}, {name!r})" if name else f"load_dataset({path!r})" for path, name in sets]
-    if any(task.get("unsafe_code") for task in settings):
-        calls.append("evaluate.load('code_eval')")
-    shown = "; ".join(calls[:_NUM_NEAR]) + (f"; and {len(calls) - _NUM_NEAR} more" if len(calls) > _NUM_NEAR else "")
+    sets = ", ".join(dict.fromkeys(str(task["dataset_path"]) for task in away))
     return ConfigError(
         f"--tasks {','.join(names)}: data are not on this machine and cannot be fetched ({reason}); they come from the "
-        f"Hugging Face hub, and stay in its cache; where there is a network, run in Python: from datasets import "
-        f"load_dataset; {shown}; and copy the cache (HF_HOME) here."
+        f"Hugging Face hub ({sets}), and stay in its cache; run the same command once where there is a network, "
+        "--limit 1 is enough, and copy the cache (HF_HOME) here."
     )
 
 

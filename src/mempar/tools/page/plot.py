@@ -49,7 +49,10 @@ class Plot:
 def short(name: str) -> str:
     """A name that fits beside an axis."""
     name = "".join(letter if letter.isprintable() else "?" for letter in name)
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    if len(name) <= LONGEST_NAME:
+        return name
+    end = '…"' if name[0] == name[-1] == '"' else "…"
+    return name[: LONGEST_NAME - len(end)] + end
 
 
 def milliseconds(microseconds: float) -> str:

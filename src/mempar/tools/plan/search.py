@@ -218,7 +218,10 @@ class _Search:
         worst = needed.worst
         kinds = sorted(worst.by_kind().items(), key=lambda item: -item[1])[:_NAMED]
         named = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in kinds)
-        reason = f"needs {gib(worst.total)} of {gib(self.hardware.memory_bytes)} GiB: {named}, ..."
+        room = self.hardware.memory_bytes
+        # So near that both would read alike.
+        over = f", {(worst.total - room) / 2**20:,.0f} MiB too many" if gib(worst.total) == gib(room) else ""
+        reason = f"needs {gib(worst.total)} of {gib(room)} GiB{over}: {named}, ..."
         self.found.reject(run, f"memory, most of it {kinds[0][0]}", reason, worst.total)
 
     def _slowest(self) -> float:

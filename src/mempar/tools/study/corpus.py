@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mempar.errors import ConfigError
-from mempar.runtime.config import DataConfig, RunConfig
+from mempar.runtime.config import DataConfig, RunConfig, TrainConfig
 from mempar.runtime.data.encoders import Encoder, load_encoder
 from mempar.runtime.data.manifest import read_manifest
 from mempar.runtime.data.tokenizer import TokenizerSpec
@@ -82,7 +82,7 @@ def build(directory: Path, settings: Settings) -> int:
     if missing:
         _write(directory / TRAIN, spec, encoder, settings, facts)
     with _sound(directory):
-        check_data(RunConfig(data=data_of(directory)))
+        check_data(RunConfig(data=data_of(directory), train=TrainConfig(seq_length=settings.seq_length)))
     return encoder.vocab_size
 
 

@@ -107,6 +107,7 @@ def accuracy_by_compute(found: Results) -> Plot:
             cost = one.flops_per_token * one.tokens / one.steps / 1e12
             steps, means = _curve(found, entrant, _accuracy_of_point)
             _band(axes, [step * cost for step in steps], means, entrant.variant, title(entrant, found))
+        axes.ticklabel_format(axis="x", useOffset=False)
         axes.set_xlabel("training TFLOP")
         axes.set_ylabel("facts recalled")
         axes.set_ylim(bottom=0)
@@ -140,7 +141,7 @@ def coverage_by_slots(found: Results) -> Plot:
     least = min(tables, key=lambda each: _covered(found, each).value)
     return Plot(
         name=name,
-        title=f"Coverage: {_covered(found, least).value:.0%} or more of the slots are read ({title(least, found)})",
+        title=f"Coverage: {_covered(found, least).value:.0%} of the slots are read, or more ({title(least, found)})",
         note="Shares of the slots that were read since the evaluation before the last one.",
         paint=paint,
         height=_HEIGHT,
@@ -274,7 +275,7 @@ def _params_axis(axes: "Axes", params: list[int]) -> None:
     powers = range(len(str(min(params))) - 2, len(str(max(params))) + 1)
     round_numbers = [digit * 10**power for power in powers for digit in (1, 2, 5)]
     ticks = [tick for tick in round_numbers if low <= tick <= high] or [params[0]]
-    axes.set_xticks(ticks, [f"{tick / 1e6:g}M" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick / 1e6:.3g}M" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("parameters, tables included")
 
