@@ -105,6 +105,12 @@ def test_rank_says_itself_what_it_cannot_leave_behind(tmp_path: Path, act: str, 
     assert re.fullmatch(said, words, re.DOTALL), words
 
 
+def test_rank_that_is_told_to_stop_while_it_leaves_ends_well(tmp_path: Path) -> None:
+    (tmp_path / "act.json").write_text('["hear late"]')
+    (tmp_path / "ranks").mkdir()
+    assert fake_worker(tmp_path) == (0, "")
+
+
 def test_rank_on_a_full_disk_ends_with_one_message(tmp_path: Path) -> None:
     returned, words = fake_worker(tmp_path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
     assert returned == 1

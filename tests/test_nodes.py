@@ -201,22 +201,28 @@ def test_signal_to_one_agent_before_the_first_step_ends_all(launch: Callable[...
     assert "ended by SIGTERM before the first step" in head[1]
 
 
+@pytest.fixture
+def agent_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `main` be called in this process, which must survive its own test, and heed signals after it."""
+    monkeypatch.setattr("mempar.runtime.launch.node.die_with", lambda parent: None)
+    monkeypatch.setattr("mempar.runtime.launch.node.ignore_signals", lambda: None)
+
+
+@pytest.mark.usefixtures("agent_here")
 def test_agent_refuses_a_directory_that_it_does_not_see(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    # The parent-death signal is for real agents: this process must survive its own test.
-    monkeypatch.setattr("mempar.runtime.launch.node.die_with", lambda parent: None)
     monkeypatch.setenv("SLURM_NODEID", "1")
     monkeypatch.setenv("SLURMD_NODENAME", "gpu-17")
     assert main([str(tmp_path), "--nodes", "2", "--nproc", "1"]) == 2
     assert "is no run's directory as seen from node gpu-17" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("agent_here")
 def test_a_nodes_own_trouble_is_said_by_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Under a scheduler, where each node's output is all that comes of it."""
-    monkeypatch.setattr("mempar.runtime.launch.node.die_with", lambda parent: None)
     (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()))
     given = [str(tmp_path), "--nodes", "2", "--nproc", "1", "--node-rank", "1", "--node", "b", "--attempt", "x"]
     assert main([*given, "--rendezvous", f"127.0.0.1:{free_port()}", "--patience", "0.5"]) == 1
@@ -230,10 +236,8 @@ def test_a_nodes_own_trouble_is_said_by_itself(
     assert capsys.readouterr().err == ""
 
 
-def test_signal_before_anything_is_started_ends_well(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setattr("mempar.runtime.launch.node.die_with", lambda parent: None)
+@pytest.mark.usefixtures("agent_here")
+def test_signal_before_anything_is_started_ends_well(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(RunConfig()))
     ranks = share_lock(tmp_path)
     assert ranks is not None

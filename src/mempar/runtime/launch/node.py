@@ -21,7 +21,7 @@ from mempar.runtime.launch.local import run_node
 from mempar.runtime.launch.lock import RunLock
 from mempar.runtime.launch.nodes import Node, endpoint
 from mempar.runtime.launch.parent import die_with
-from mempar.runtime.launch.stopping import Terminated, sigterm_raises
+from mempar.runtime.launch.stopping import Terminated, ignore_signals, sigterm_raises
 from mempar.runtime.launch.words import SILENCE_SECONDS, Listener, tell
 from mempar.runtime.run_dir import RunDir
 
@@ -56,7 +56,11 @@ def main(given: Sequence[str] | None = None) -> int:
     error: MemparError | None = None
     try:
         with sigterm_raises():
-            _run(said, listener)
+            try:
+                _run(said, listener)
+            finally:
+                # Sent to a whole job, a signal may come here when the run has ended of it already.
+                ignore_signals()
     except Terminated:
         (_say if said.node_rank == 0 else _say_nothing)("ended by SIGTERM before anything was started")
     except MemparError as failure:

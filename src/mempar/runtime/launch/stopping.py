@@ -82,6 +82,8 @@ class Terminated(BaseException):
 def heed_signals(wish: Callable[[str], None], again: Callable[[], None] | None = None) -> Iterator[None]:
     """Turn SIGTERM and SIGINT into wishes to stop; must be called in the main thread.
 
+    Afterwards they do what they did before, unless something else was set meanwhile (`ignore_signals`).
+
     Args:
         wish: called with the signal's name, in the main thread between any two instructions.
         again: called at a second SIGINT; raises KeyboardInterrupt unless given.
@@ -119,8 +121,9 @@ def _handlers(wanted: dict[signal.Signals, Callable[[int, FrameType | None], Non
         yield
     finally:
         for number, handler in before.items():
-            # None stands for a handler that was not made in Python.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            if signal.getsignal(number) is wanted[number]:
+                # None stands for a handler that was not made in Python.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def ignore_signals() -> None:
