@@ -24,6 +24,7 @@ from mempar.runtime.launch.endings import RanksFailedError
 from mempar.runtime.launch.heartbeat import Phase, read_signs
 from mempar.runtime.launch.lock import RunLock, share_lock
 from mempar.runtime.launch.node import main
+from mempar.runtime.launch.node_ends import read_node_ends
 from mempar.runtime.overrides import override, to_yaml
 
 TESTS = Path(__file__).parent
@@ -175,18 +176,22 @@ def test_a_node_that_does_not_come_is_named(launch: Callable[..., Launch], tmp_p
     assert not list((tmp_path / "ranks" / "1").glob("*.life"))
 
 
-def test_signal_while_nodes_gather_ends_at_once(launch: Callable[..., Launch], tmp_path: Path) -> None:
-    started = launch("go on", "go on")
-    started.start(0)
+@pytest.mark.parametrize("come", [(0,), (0, 1)])
+def test_signal_to_the_head_while_nodes_gather_ends_all_at_once(
+    launch: Callable[..., Launch], tmp_path: Path, come: tuple[int, ...]
+) -> None:
+    started = launch("start for ever", "start for ever")
+    started.start(*come)
     until = time.monotonic() + 30.0
     while not (tmp_path / "lock").exists() and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(1.0)
     started.agents[0].send_signal(signal.SIGTERM)
     began = time.monotonic()
-    ((status, said, error),) = started.ends()
-    assert (status, error) == (0, None)
-    assert "ended by SIGTERM before the first step" in said
+    head, *others = started.ends()
+    assert (head[0], head[2]) == (0, None)
+    assert "ended by SIGTERM before the first step" in head[1]
+    assert [(other[0], other[2]) for other in others] == [(0, None)] * len(others)
     assert time.monotonic() - began < 20.0
 
 
@@ -246,6 +251,7 @@ def test_signal_before_anything_is_started_ends_well(capsys: pytest.CaptureFixtu
     # It waits for the ranks of an earlier start.
     assert main([str(tmp_path), "--nodes", "2", "--nproc", "1", "--attempt", "x", "--rendezvous", "a:1"]) == 0
     assert "ended by SIGTERM before anything was started" in capsys.readouterr().out
+    assert read_node_ends(tmp_path / "ranks" / "x")[0].stopped_early == "SIGTERM"
     timer.join()
     ranks.close()
 

@@ -50,7 +50,7 @@ def step_of(run: Path) -> int:
         return 0
 
 
-def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]", seconds: float = 120.0) -> None:
+def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]", seconds: float = 300.0) -> None:
     """Wait until a run has come to a step."""
     wait_until(lambda: step_of(run) >= step or process.poll() is not None, seconds)
     assert process.poll() is None, process.communicate()[0]

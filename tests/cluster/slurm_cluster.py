@@ -140,14 +140,14 @@ class SlurmCluster:
         self.until(lambda: self.job(number)["JobState"] in states, f"job {number} {' or '.join(states)}")
         return self.job(number)
 
-    def until(self, holds: Callable[[], bool], what: str) -> None:
+    def until(self, holds: Callable[[], bool], what: str, seconds: float = _SETTLE_SECONDS) -> None:
         """Wait until something holds; the daemons' output is shown when it does not."""
-        until = time.monotonic() + _SETTLE_SECONDS
+        until = time.monotonic() + seconds
         while not holds():
             if time.monotonic() > until:
                 logs = "\n".join(f"{path.name}: {path.read_text()[-2000:]}" for path in self.root.glob("*.out"))
                 left = [process.cmdline() for process in self.processes()]
-                stop(f"no {what} within {_SETTLE_SECONDS:g} s\n{self.run('squeue', check=False)}\n{left}\n{logs}")
+                stop(f"no {what} within {seconds:g} s\n{self.run('squeue', check=False)}\n{left}\n{logs}")
             time.sleep(_POLL_SECONDS)
 
     def clear(self) -> None:

@@ -18,10 +18,11 @@ pytestmark = pytest.mark.cluster
 class Jobs:
     """Submits the small run, always into the same directory."""
 
-    def __init__(self, slurm: SlurmCluster, directory: Path) -> None:
-        self.slurm, self.run, self.number = slurm, directory / "run", ""
+    def __init__(self, cluster: SlurmCluster, directory: Path, *, slurm: str = "") -> None:
+        self.slurm, self.run, self.number = cluster, directory / "run", ""
         self.profile = directory / "profile.yaml"
-        self.profile.write_text("env: {OMP_NUM_THREADS: 1}\nslurm: {exclusive: false, gpu_option: none}\n")
+        settings = ", ".join(filter(None, ["exclusive: false, gpu_option: none", slurm]))
+        self.profile.write_text(f"env: {{OMP_NUM_THREADS: 1}}\nslurm: {{{settings}}}\n")
 
     def submit(self, *more: str) -> None:
         where = ["--on", "slurm", "--nodes", "2", "--nproc-per-node", "1", "--profile", str(self.profile)]
@@ -42,7 +43,7 @@ class Jobs:
                 self.slurm.run("scontrol", "update", f"JobId={self.number}", "StartTime=now", check=False)
             return step_of(self.run) >= step or job["JobState"] in ("FAILED", "COMPLETED")
 
-        wait_until(has_come, 120.0)
+        wait_until(has_come, 300.0)
         assert step_of(self.run) >= step, self.output
 
     @property
@@ -93,10 +94,11 @@ def test_job_goes_on_exactly_whatever_ends_it(slurm: SlurmCluster, tmp_path: Pat
 
 
 def test_bad_input_of_a_job_is_not_tried_again(slurm: SlurmCluster, tmp_path: Path) -> None:
-    jobs = Jobs(slurm, tmp_path)
+    jobs = Jobs(slurm, tmp_path, slurm="extra: [--hold]")
     jobs.submit("--max-restarts", "3")
     # What was there when it was submitted is gone when it starts.
     (jobs.run / "config.yaml").unlink()
+    slurm.run("scontrol", "release", jobs.number)
     assert slurm.wait(jobs.number, "FAILED")["ExitCode"] == "2:0"
     assert "is no run's directory as seen from node n" in jobs.output, jobs.output
     assert "bad input, which no restart mends" in jobs.output

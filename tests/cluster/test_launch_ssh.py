@@ -32,7 +32,7 @@ class Launcher:
         return self.hosts.start(self.command(*more))
 
 
-def ended(process: Process, seconds: float = 120.0) -> tuple[int, str]:
+def ended(process: Process, seconds: float = 300.0) -> tuple[int, str]:
     said, _ = process.communicate(timeout=seconds)
     return process.returncode, said
 

@@ -24,8 +24,9 @@ from slurm_cluster import NODES, NUM_ABSENT, SlurmCluster
 pytestmark = pytest.mark.cluster
 
 HERE = Path(__file__).parent
-# SLURM looks at time limits once in a while, and needs a moment to start.
-SIGNAL_SECONDS = 46
+# Of a limit of two minutes: SLURM looks at limits every 30 seconds, and signals as much earlier.
+SIGNAL_SECONDS = 55
+LIMIT_SECONDS = 120.0
 # SLURM has done what it is asked, and ends the job, before its answer is there.
 LATE_ANSWER = 'scontrol() { command scontrol "$@" && { [[ $1 != requeue ]] || sleep 2; }; }'
 
@@ -115,7 +116,8 @@ def test_cancelled_run_saves_and_is_not_queued_again(slurm: SlurmCluster, tmp_pa
 
 
 def test_time_limit_lets_the_run_save_and_go_on(slurm: SlurmCluster, tmp_path: Path):
-    job = Job(slurm, tmp_path, ["go on", "finish"], time="1", signal_seconds=SIGNAL_SECONDS)
+    job = Job(slurm, tmp_path, ["go on", "finish"], time="2", signal_seconds=SIGNAL_SECONDS)
+    slurm.until(lambda: "the job is queued again" in job.output, "signal before the limit", LIMIT_SECONDS)
     job.seen(1)
     assert job.ended("COMPLETED")["Restarts"] == "1"
     assert (job.run_dir / "checkpoints" / "step_00000000").is_dir()

@@ -115,7 +115,8 @@ def run_node(
         finally:
             ends = supervisor.finish(statuses)
         _judge(supervisor, ends, timeout, say)
-        if node.is_head:
+        # Other nodes may still have to read that this one was stopped.
+        if node.is_head and not (supervisor.stopped_early and node.num_nodes > 1):
             shutil.rmtree(paths.ranks, ignore_errors=True)
 
 

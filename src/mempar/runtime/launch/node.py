@@ -10,6 +10,7 @@ Exit status: 0 when the run is done, or was told to end and has saved; 2 for bad
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from mempar.errors import ConfigError, MemparError
 from mempar.runtime.launch.endings import RanksFailedError
 from mempar.runtime.launch.local import run_node
 from mempar.runtime.launch.lock import RunLock
+from mempar.runtime.launch.node_ends import NodeEnd, record_node_end
 from mempar.runtime.launch.nodes import Node, endpoint
 from mempar.runtime.launch.parent import die_with
 from mempar.runtime.launch.stopping import Terminated, ignore_signals, sigterm_raises
@@ -62,6 +64,7 @@ def main(given: Sequence[str] | None = None) -> int:
                 # Sent to a whole job, a signal may come here when the run has ended of it already.
                 ignore_signals()
     except Terminated:
+        _tell_others(said)
         (_say if said.node_rank == 0 else _say_nothing)("ended by SIGTERM before anything was started")
     except MemparError as failure:
         error = failure
@@ -115,6 +118,16 @@ def _run(said: argparse.Namespace, listener: Listener | None) -> None:
             also=listener and listener.start,
             worker=said.worker,
         )
+
+
+def _tell_others(said: argparse.Namespace) -> None:
+    """Leave word that this node does not come: the others need not wait for it."""
+    paths = RunDir(said.directory)
+    if said.nodes > 1 and paths.config.is_file():
+        signs = paths.signs(said.attempt)
+        with contextlib.suppress(OSError):
+            signs.mkdir(parents=True, exist_ok=True)
+        record_node_end(signs, NodeEnd(node_rank=said.node_rank, ends=[], stopped_early=signal.SIGTERM.name))
 
 
 def _say(text: str) -> None:

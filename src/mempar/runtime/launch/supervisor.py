@@ -107,8 +107,12 @@ class Supervisor:
         ends = self._own_ends(statuses)
         if self._node.num_nodes > 1:
             early = (self._wish or "SIGTERM") if self.stopped_early else ""
-            record_node_end(self._directory, NodeEnd(node_rank=self._node.node_rank, ends=ends, stopped_early=early))
-            ends += self._ends_elsewhere(failed=any(end.has_failed for end in ends))
+            failed = any(end.has_failed for end in ends)
+            # Of a good end nobody waits for news, and the head deletes their directory.
+            if early or failed:
+                own = NodeEnd(node_rank=self._node.node_rank, ends=ends, stopped_early=early)
+                record_node_end(self._directory, own)
+            ends += self._ends_elsewhere(failed=failed)
         return ends
 
     def _own_ends(self, statuses: dict[int, int]) -> list[RankEnd]:
@@ -131,6 +135,9 @@ class Supervisor:
         until = time.monotonic() + (_OTHERS_SECONDS if failed and self._node.is_head else 0.0)
         while len(told := read_node_ends(self._directory)) < self._node.num_nodes and time.monotonic() < until:
             time.sleep(_POLL_SECONDS)
+        for other in told.values():
+            if other.stopped_early:
+                self._stop_early(other.stopped_early)
         failures = read_failures(self._directory)
         known = {end.rank: end for number, node in told.items() if number != self._node.node_rank for end in node.ends}
         signs = [sign for sign in read_signs(self._directory) if sign.host != self._host]
@@ -151,8 +158,8 @@ class Supervisor:
         now = time.time()
         for other in self._nodes_elsewhere():
             # Its agent alone was told to end, or was told first; nobody starts without it.
-            if other.stopped_early and not self._wish:
-                self.wish(other.stopped_early)
+            if other.stopped_early:
+                self._stop_early(other.stopped_early)
         self._signs = {sign.pid: sign for sign in read_signs(self._directory, self._host)}
         for sign in self._signs.values():
             self._collect(sign, now)
@@ -190,6 +197,11 @@ class Supervisor:
             stopped=killed and self._killed[sign.pid],
             stack=stack_of(self._directory, sign) if killed else "",
         )
+
+    def _stop_early(self, reason: str) -> None:
+        """Take over that another node's ranks were ended before the first step: theirs is the step of all."""
+        self.wish(reason)
+        self.stopped_early = True
 
     def _pass_on(self, running: list[Sign]) -> None:
         """Tell the ranks to stop; those that have not begun are killed."""

@@ -24,6 +24,8 @@ from mempar.errors import ConfigError
 GPU_OPTIONS = ("gres", "gpus-per-node", "none")
 # sbatch's own limit for --signal.
 _MAX_SIGNAL_SECONDS = 65535
+# How much earlier than asked for SLURM may send it (`--signal` in sbatch's manual).
+_SIGNAL_EARLIER_SECONDS = 60
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INTERFACE = re.compile(r"[A-Za-z0-9_.@:-]+(,[A-Za-z0-9_.@:-]+)*")
 # Minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds.
@@ -86,11 +88,11 @@ class SlurmConfig:
         _check_range("slurm.cpus_per_task", self.cpus_per_task, 1)
         _check_range("slurm.signal_seconds", self.signal_seconds, 1, _MAX_SIGNAL_SECONDS)
         limit = seconds_of(self.time)
-        if self.signal_seconds >= limit:
+        if self.signal_seconds + _SIGNAL_EARLIER_SECONDS >= limit:
             raise ConfigError(
-                f"slurm.signal_seconds={self.signal_seconds} is not below slurm.time={self.time}, {limit:g} s; "
-                "the run saves and ends that long before the limit, and must have begun by then; lower "
-                "slurm.signal_seconds, or raise slurm.time."
+                f"slurm.signal_seconds={self.signal_seconds} is too much for slurm.time={self.time}, {limit:g} s; the "
+                f"run saves and ends that long before the limit, SLURM may say so {_SIGNAL_EARLIER_SECONDS} s earlier, "
+                "and the run must have begun by then; lower slurm.signal_seconds, or raise slurm.time."
             )
         for option in self.extra:
             if not option.startswith("-"):

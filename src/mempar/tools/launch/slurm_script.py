@@ -7,7 +7,7 @@ on SLURM 22.05 (tests/cluster) and read in its sources:
 - The exit status of a task that SLURM sent SIGTERM is forgotten, srun returns 0 even when saving failed. So tasks leave
   theirs in files.
 - When one task fails, srun sends the others SIGTERM, and SIGKILL after KillWait (`--kill-on-bad-exit`).
-- Near the time limit SIGUSR1 comes to this shell alone (`--signal=B:USR1@...`).
+- Near the time limit SIGUSR1 comes to this shell alone (`--signal=B:USR1@...`), up to 60 seconds early.
 - Preemption with a grace time sends the steps SIGTERM and leaves this shell out; SLURM requeues the job only at the end
   of that time, and a job that has ended by then is done. So this script requeues it, as PreemptTime says why.
 - Preemption without a grace time, a requeue and `scancel JOB` send SIGTERM to the steps, srun and this shell, and
@@ -71,10 +71,11 @@ pass_on() {
   timeout 5 scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null &
 }
 
-address=$(head_address)
-before=$(newest_checkpoint)
+# Before anything that takes a while: either would end this shell.
 trap 'pass_on limit' USR1
 trap 'pass_on end' TERM
+address=$(head_address)
+before=$(newest_checkpoint)
 # shellcheck disable=SC2016  # the tasks' own shells expand it
 task='trap : TERM; "$@"; status=$?; [ "$status" = 0 ] || echo "$status" >"$0.$SLURM_NODEID"; exit "$status"'
 srun "${srun_options[@]}" sh -c "$task" "$statuses" "${agent[@]}" --rendezvous "$address:$port" --attempt "$attempt" &
