@@ -117,6 +117,7 @@ def test_cancelled_run_saves_and_is_not_queued_again(slurm: SlurmCluster, tmp_pa
 
 def test_time_limit_lets_the_run_save_and_go_on(slurm: SlurmCluster, tmp_path: Path):
     job = Job(slurm, tmp_path, ["go on", "finish"], time="2", signal_seconds=SIGNAL_SECONDS)
+    job.seen(0)
     slurm.until(lambda: "the job is queued again" in job.output, "signal before the limit", LIMIT_SECONDS)
     job.seen(1)
     assert job.ended("COMPLETED")["Restarts"] == "1"
