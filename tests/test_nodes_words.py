@@ -86,6 +86,27 @@ def test_launchers_know_the_last_signs_of_their_ranks_better(tmp_path: Path) -> 
     assert head.finish({0: 1}) == [replace(end, rank=0, status=1, sign=None, killed=False, ended_at=ANY), end]
 
 
+def test_nodes_agree_that_no_step_was_made(tmp_path: Path) -> None:
+    """One saw its ranks end before the first step; here they had begun it, which nobody can end without the others."""
+    heartbeat = Heartbeat(tmp_path, "head")
+    heartbeat.identify(0)
+    heartbeat.mark(Phase.DATA, 1)
+    head = Supervisor(tmp_path, 2.0, Node(name="head", num_ranks=1, num_nodes=2))
+    head.wish("SIGTERM")
+    head.start()
+    node_ends.record_node_end(tmp_path, node_ends.NodeEnd(node_rank=1, ends=[], stopped_early="SIGTERM"))
+    head.finish({0: 1})
+    assert head.stopped_early
+
+
+@pytest.mark.parametrize(("statuses", "told"), [({}, []), ({1: 1}, [1])])
+def test_good_ends_are_no_news(tmp_path: Path, statuses: dict[int, int], told: list[int]) -> None:
+    other = Supervisor(tmp_path, 2.0, Node(name="other", node_rank=1, num_ranks=1, num_nodes=2))
+    other.start()
+    other.finish(statuses)
+    assert list(node_ends.read_node_ends(tmp_path)) == told
+
+
 @pytest.mark.parametrize("error", [None, MemparError("it broke"), ConfigError("it is wrong")])
 def test_verdict_is_heard_as_it_was_told(error: MemparError | None) -> None:
     pipe = io.StringIO()

@@ -18,11 +18,11 @@ pytestmark = pytest.mark.cluster
 class Jobs:
     """Submits the small run, always into the same directory."""
 
-    def __init__(self, cluster: SlurmCluster, directory: Path, *, slurm: str = "") -> None:
-        self.slurm, self.run, self.number = cluster, directory / "run", ""
+    def __init__(self, slurm: SlurmCluster, directory: Path, *settings: str) -> None:
+        self.slurm, self.run, self.number = slurm, directory / "run", ""
         self.profile = directory / "profile.yaml"
-        settings = ", ".join(filter(None, ["exclusive: false, gpu_option: none", slurm]))
-        self.profile.write_text(f"env: {{OMP_NUM_THREADS: 1}}\nslurm: {{{settings}}}\n")
+        of_slurm = ", ".join(("exclusive: false", "gpu_option: none", *settings))
+        self.profile.write_text(f"env: {{OMP_NUM_THREADS: 1}}\nslurm: {{{of_slurm}}}\n")
 
     def submit(self, *more: str) -> None:
         where = ["--on", "slurm", "--nodes", "2", "--nproc-per-node", "1", "--profile", str(self.profile)]
@@ -94,7 +94,7 @@ def test_job_goes_on_exactly_whatever_ends_it(slurm: SlurmCluster, tmp_path: Pat
 
 
 def test_bad_input_of_a_job_is_not_tried_again(slurm: SlurmCluster, tmp_path: Path) -> None:
-    jobs = Jobs(slurm, tmp_path, slurm="extra: [--hold]")
+    jobs = Jobs(slurm, tmp_path, "extra: [--hold]")
     jobs.submit("--max-restarts", "3")
     # What was there when it was submitted is gone when it starts.
     (jobs.run / "config.yaml").unlink()

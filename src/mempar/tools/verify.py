@@ -15,7 +15,7 @@ from mempar.memory.digest import digest_box
 from mempar.runtime.checkpoint.manifest import HISTORY, WEIGHTS, Manifest, NoCheckpointError, Piece, read_manifest
 from mempar.runtime.checkpoint.names import canonical, parameter_of_master
 from mempar.runtime.checkpoint.reading import Reader
-from mempar.runtime.inference.checkpoint import newest_checkpoint
+from mempar.runtime.run_dir import RunDir
 from mempar.tools.bars import byte_bars
 
 _THREADS = 2
@@ -125,7 +125,7 @@ def _open(path: Path) -> Manifest:
     """Read a manifest; what is damaged about a checkpoint before its tensors are read is damage, not bad input."""
     with suppress(OSError):
         # A run stands for its newest one; why a path cannot be looked into is said below.
-        path = newest_checkpoint(path) or path
+        path = RunDir(path).latest_checkpoint() or path
     try:
         return read_manifest(path)
     except CheckpointError as error:

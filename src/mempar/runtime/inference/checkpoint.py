@@ -21,7 +21,7 @@ def find_checkpoint(path: Path) -> Path:
         CheckpointError: when it cannot be looked into.
     """
     try:
-        found = newest_checkpoint(path)
+        found = _newest(path)
         if found is not None:
             return found
         why = _why_none(path)
@@ -35,12 +35,7 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
-def newest_checkpoint(path: Path) -> Path | None:
-    """A checkpoint itself, or the newest of a run's directory; None for anything else.
-
-    Raises:
-        OSError: when it cannot be looked into.
-    """
+def _newest(path: Path) -> Path | None:
     return path if (path / MANIFEST).is_file() else RunDir(path).latest_checkpoint()
 
 

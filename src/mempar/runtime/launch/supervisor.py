@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,9 +136,7 @@ class Supervisor:
         until = time.monotonic() + (_OTHERS_SECONDS if failed and self._node.is_head else 0.0)
         while len(told := read_node_ends(self._directory)) < self._node.num_nodes and time.monotonic() < until:
             time.sleep(_POLL_SECONDS)
-        for other in told.values():
-            if other.stopped_early:
-                self._stop_early(other.stopped_early)
+        self._heed(told.values())
         failures = read_failures(self._directory)
         known = {end.rank: end for number, node in told.items() if number != self._node.node_rank for end in node.ends}
         signs = [sign for sign in read_signs(self._directory) if sign.host != self._host]
@@ -156,10 +155,7 @@ class Supervisor:
 
     def _look(self) -> None:
         now = time.time()
-        for other in self._nodes_elsewhere():
-            # Its agent alone was told to end, or was told first; nobody starts without it.
-            if other.stopped_early:
-                self._stop_early(other.stopped_early)
+        self._heed(self._nodes_elsewhere())
         self._signs = {sign.pid: sign for sign in read_signs(self._directory, self._host)}
         for sign in self._signs.values():
             self._collect(sign, now)
@@ -198,10 +194,13 @@ class Supervisor:
             stack=stack_of(self._directory, sign) if killed else "",
         )
 
-    def _stop_early(self, reason: str) -> None:
-        """Take over that another node's ranks were ended before the first step: theirs is the step of all."""
-        self.wish(reason)
-        self.stopped_early = True
+    def _heed(self, nodes: Iterable[NodeEnd]) -> None:
+        """Take over that a node's ranks were ended before the first step, which none has made without them."""
+        for node in nodes:
+            if node.stopped_early:
+                # Its agent alone was told to end, or was told first.
+                self.wish(node.stopped_early)
+                self.stopped_early = True
 
     def _pass_on(self, running: list[Sign]) -> None:
         """Tell the ranks to stop; those that have not begun are killed."""
