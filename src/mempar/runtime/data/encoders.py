@@ -111,7 +111,7 @@ class SentencePieceEncoder:
     """A SentencePiece model; what it guarantees of the text is its own normalisation's affair."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
-        library = spec.library("sentencepiece")
+        library = spec.import_library("sentencepiece")
         if not spec.path.is_file():
             raise spec.missing_file()
         model = spec.path.read_bytes()
@@ -143,7 +143,7 @@ class TiktokenEncoder:
     """
 
     def __init__(self, spec: TokenizerSpec) -> None:
-        library = spec.library("tiktoken")
+        library = spec.import_library("tiktoken")
         if spec.path.is_file():
             name, ranks = _split_name(spec), _read_ranks(spec)
             size = max(ranks.values()) + 1

@@ -32,7 +32,7 @@ class HfEncoder:
     """
 
     def __init__(self, spec: TokenizerSpec) -> None:
-        library = spec.library("tokenizers")
+        library = spec.import_library("tokenizers")
         path, config = _files(spec)
         try:
             content = path.read_bytes()

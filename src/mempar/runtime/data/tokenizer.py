@@ -48,7 +48,7 @@ class TokenizerSpec:
             "correct the path."
         )
 
-    def library(self, module: str) -> Any:
+    def import_library(self, module: str) -> Any:
         """Import the library that this kind of tokenizer needs.
 
         Raises:

@@ -39,7 +39,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, directory: Path) -> Token
             f"every sentence must have tokens; raise it to {fewest} or more."
         )
     spec = TokenizerSpec("hf", str(directory))
-    library = spec.library("tokenizers")
+    library = spec.import_library("tokenizers")
     parts = library.pre_tokenizers
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = parts.Sequence(
